@@ -1,0 +1,221 @@
+from gradwire_protocol.v1 import graph_pb2 as _graph_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ActionKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ACTION_KIND_UNSPECIFIED: _ClassVar[ActionKind]
+    ACTION_KIND_FORWARD: _ClassVar[ActionKind]
+    ACTION_KIND_BACKWARD: _ClassVar[ActionKind]
+    ACTION_KIND_REDUCE: _ClassVar[ActionKind]
+    ACTION_KIND_NORM: _ClassVar[ActionKind]
+    ACTION_KIND_UPDATE: _ClassVar[ActionKind]
+ACTION_KIND_UNSPECIFIED: ActionKind
+ACTION_KIND_FORWARD: ActionKind
+ACTION_KIND_BACKWARD: ActionKind
+ACTION_KIND_REDUCE: ActionKind
+ACTION_KIND_NORM: ActionKind
+ACTION_KIND_UPDATE: ActionKind
+
+class Plan(_message.Message):
+    __slots__ = ("stages", "replicas", "tensor", "micro_batches", "schedule", "window", "cuts", "expected_rows")
+    STAGES_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    MICRO_BATCHES_FIELD_NUMBER: _ClassVar[int]
+    SCHEDULE_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_FIELD_NUMBER: _ClassVar[int]
+    CUTS_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    stages: int
+    replicas: int
+    tensor: int
+    micro_batches: int
+    schedule: str
+    window: int
+    cuts: _containers.RepeatedScalarFieldContainer[int]
+    expected_rows: int
+    def __init__(self, stages: _Optional[int] = ..., replicas: _Optional[int] = ..., tensor: _Optional[int] = ..., micro_batches: _Optional[int] = ..., schedule: _Optional[str] = ..., window: _Optional[int] = ..., cuts: _Optional[_Iterable[int]] = ..., expected_rows: _Optional[int] = ...) -> None: ...
+
+class Action(_message.Message):
+    __slots__ = ("kind", "stage", "micro_batch")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
+    kind: ActionKind
+    stage: int
+    micro_batch: int
+    def __init__(self, kind: _Optional[_Union[ActionKind, str]] = ..., stage: _Optional[int] = ..., micro_batch: _Optional[int] = ...) -> None: ...
+
+class Program(_message.Message):
+    __slots__ = ("actions",)
+    ACTIONS_FIELD_NUMBER: _ClassVar[int]
+    actions: _containers.RepeatedCompositeFieldContainer[Action]
+    def __init__(self, actions: _Optional[_Iterable[_Union[Action, _Mapping]]] = ...) -> None: ...
+
+class MicroBatch(_message.Message):
+    __slots__ = ("index", "replica", "first_row", "rows")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    FIRST_ROW_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    replica: int
+    first_row: int
+    rows: int
+    def __init__(self, index: _Optional[int] = ..., replica: _Optional[int] = ..., first_row: _Optional[int] = ..., rows: _Optional[int] = ...) -> None: ...
+
+class OptimizerGroup(_message.Message):
+    __slots__ = ("parameters", "settings")
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    SETTINGS_FIELD_NUMBER: _ClassVar[int]
+    parameters: _containers.RepeatedScalarFieldContainer[str]
+    settings: _containers.RepeatedCompositeFieldContainer[_graph_pb2.NamedArgument]
+    def __init__(self, parameters: _Optional[_Iterable[str]] = ..., settings: _Optional[_Iterable[_Union[_graph_pb2.NamedArgument, _Mapping]]] = ...) -> None: ...
+
+class Optimizer(_message.Message):
+    __slots__ = ("name", "groups")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    groups: _containers.RepeatedCompositeFieldContainer[OptimizerGroup]
+    def __init__(self, name: _Optional[str] = ..., groups: _Optional[_Iterable[_Union[OptimizerGroup, _Mapping]]] = ...) -> None: ...
+
+class Hyperparameters(_message.Message):
+    __slots__ = ("groups",)
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    groups: _containers.RepeatedCompositeFieldContainer[OptimizerGroup]
+    def __init__(self, groups: _Optional[_Iterable[_Union[OptimizerGroup, _Mapping]]] = ...) -> None: ...
+
+class LoadState(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class TrainStep(_message.Message):
+    __slots__ = ("step", "micro_batches", "hyperparameters", "max_gradient_norm", "return_gradients")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    MICRO_BATCHES_FIELD_NUMBER: _ClassVar[int]
+    HYPERPARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    MAX_GRADIENT_NORM_FIELD_NUMBER: _ClassVar[int]
+    RETURN_GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    micro_batches: _containers.RepeatedCompositeFieldContainer[MicroBatch]
+    hyperparameters: Hyperparameters
+    max_gradient_norm: float
+    return_gradients: bool
+    def __init__(self, step: _Optional[int] = ..., micro_batches: _Optional[_Iterable[_Union[MicroBatch, _Mapping]]] = ..., hyperparameters: _Optional[_Union[Hyperparameters, _Mapping]] = ..., max_gradient_norm: _Optional[float] = ..., return_gradients: bool = ...) -> None: ...
+
+class Evaluate(_message.Message):
+    __slots__ = ("micro_batches",)
+    MICRO_BATCHES_FIELD_NUMBER: _ClassVar[int]
+    micro_batches: _containers.RepeatedCompositeFieldContainer[MicroBatch]
+    def __init__(self, micro_batches: _Optional[_Iterable[_Union[MicroBatch, _Mapping]]] = ...) -> None: ...
+
+class Predict(_message.Message):
+    __slots__ = ("micro_batches",)
+    MICRO_BATCHES_FIELD_NUMBER: _ClassVar[int]
+    micro_batches: _containers.RepeatedCompositeFieldContainer[MicroBatch]
+    def __init__(self, micro_batches: _Optional[_Iterable[_Union[MicroBatch, _Mapping]]] = ...) -> None: ...
+
+class FetchState(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Entry(_message.Message):
+    __slots__ = ("number", "generation", "load_state", "train_step", "evaluate", "predict", "fetch_state")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    LOAD_STATE_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_STEP_FIELD_NUMBER: _ClassVar[int]
+    EVALUATE_FIELD_NUMBER: _ClassVar[int]
+    PREDICT_FIELD_NUMBER: _ClassVar[int]
+    FETCH_STATE_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    generation: int
+    load_state: LoadState
+    train_step: TrainStep
+    evaluate: Evaluate
+    predict: Predict
+    fetch_state: FetchState
+    def __init__(self, number: _Optional[int] = ..., generation: _Optional[int] = ..., load_state: _Optional[_Union[LoadState, _Mapping]] = ..., train_step: _Optional[_Union[TrainStep, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., predict: _Optional[_Union[Predict, _Mapping]] = ..., fetch_state: _Optional[_Union[FetchState, _Mapping]] = ...) -> None: ...
+
+class LossPart(_message.Message):
+    __slots__ = ("micro_batch", "sum", "weight")
+    MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
+    SUM_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    micro_batch: int
+    sum: float
+    weight: float
+    def __init__(self, micro_batch: _Optional[int] = ..., sum: _Optional[float] = ..., weight: _Optional[float] = ...) -> None: ...
+
+class Timing(_message.Message):
+    __slots__ = ("window_seconds", "busy_seconds", "idle_seconds")
+    class BusySecondsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class IdleSecondsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    WINDOW_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    BUSY_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    IDLE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    window_seconds: float
+    busy_seconds: _containers.ScalarMap[str, float]
+    idle_seconds: _containers.ScalarMap[str, float]
+    def __init__(self, window_seconds: _Optional[float] = ..., busy_seconds: _Optional[_Mapping[str, float]] = ..., idle_seconds: _Optional[_Mapping[str, float]] = ...) -> None: ...
+
+class EntryReport(_message.Message):
+    __slots__ = ("entry", "generation", "losses", "timing", "weight_version", "gradient_norm")
+    ENTRY_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    LOSSES_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_NORM_FIELD_NUMBER: _ClassVar[int]
+    entry: int
+    generation: int
+    losses: _containers.RepeatedCompositeFieldContainer[LossPart]
+    timing: Timing
+    weight_version: int
+    gradient_norm: float
+    def __init__(self, entry: _Optional[int] = ..., generation: _Optional[int] = ..., losses: _Optional[_Iterable[_Union[LossPart, _Mapping]]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., weight_version: _Optional[int] = ..., gradient_norm: _Optional[float] = ...) -> None: ...
+
+class EntryResult(_message.Message):
+    __slots__ = ("entry", "loss", "weight", "seconds", "gradient_norm", "weight_version", "timings")
+    class TimingsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: Timing
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
+    ENTRY_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_NORM_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    entry: int
+    loss: float
+    weight: float
+    seconds: float
+    gradient_norm: float
+    weight_version: int
+    timings: _containers.MessageMap[str, Timing]
+    def __init__(self, entry: _Optional[int] = ..., loss: _Optional[float] = ..., weight: _Optional[float] = ..., seconds: _Optional[float] = ..., gradient_norm: _Optional[float] = ..., weight_version: _Optional[int] = ..., timings: _Optional[_Mapping[str, Timing]] = ...) -> None: ...
