@@ -25,55 +25,55 @@ _sym_db = _symbol_database.Default()
 from gradwire_protocol.v1 import tensors_pb2 as gradwire__protocol_dot_v1_dot_tensors__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n gradwire_protocol/v1/graph.proto\x12\x14gradwire_protocol.v1\x1a\"gradwire_protocol/v1/tensors.proto\",\n\nAffineSize\x12\r\n\x05\x66ixed\x18\x01 \x01(\x03\x12\x0f\n\x07per_row\x18\x02 \x01(\x03\"\x9e\x01\n\tValueSpec\x12-\n\x04kind\x18\x01 \x01(\x0e\x32\x1f.gradwire_protocol.v1.ValueKind\x12\x31\n\tdata_type\x18\x02 \x01(\x0e\x32\x1e.gradwire_protocol.v1.DataType\x12/\n\x05shape\x18\x03 \x03(\x0b\x32 .gradwire_protocol.v1.AffineSize\"\x06\n\x04None\"=\n\x0c\x41rgumentList\x12-\n\x05items\x18\x01 \x03(\x0b\x32\x1e.gradwire_protocol.v1.Argument\"0\n\rComplexNumber\x12\x0c\n\x04real\x18\x01 \x01(\x01\x12\x11\n\timaginary\x18\x02 \x01(\x01\"\xc0\x03\n\x08\x41rgument\x12\x0f\n\x05value\x18\x01 \x01(\tH\x00\x12*\n\x04none\x18\x02 \x01(\x0b\x32\x1a.gradwire_protocol.v1.NoneH\x00\x12\x11\n\x07\x62oolean\x18\x03 \x01(\x08H\x00\x12\x11\n\x07integer\x18\x04 \x01(\x03H\x00\x12\x0e\n\x04real\x18\x05 \x01(\x01H\x00\x12\x0e\n\x04text\x18\x06 \x01(\tH\x00\x12\x33\n\tdata_type\x18\x07 \x01(\x0e\x32\x1e.gradwire_protocol.v1.DataTypeH\x00\x12\x15\n\x0b\x64\x65vice_kind\x18\x08 \x01(\tH\x00\x12\x34\n\x06layout\x18\t \x01(\x0e\x32\".gradwire_protocol.v1.TensorLayoutH\x00\x12;\n\rmemory_format\x18\n \x01(\x0e\x32\".gradwire_protocol.v1.MemoryFormatH\x00\x12\x32\n\x04list\x18\x0b \x01(\x0b\x32\".gradwire_protocol.v1.ArgumentListH\x00\x12\x36\n\x07\x63omplex\x18\x0c \x01(\x0b\x32#.gradwire_protocol.v1.ComplexNumberH\x00\x42\x06\n\x04kind\"L\n\rNamedArgument\x12\x0c\n\x04name\x18\x01 \x01(\t\x12-\n\x05value\x18\x02 \x01(\x0b\x32\x1e.gradwire_protocol.v1.Argument\"c\n\x08\x41utocast\x12\x13\n\x0b\x64\x65vice_kind\x18\x01 \x01(\t\x12\x31\n\tdata_type\x18\x02 \x01(\x0e\x32\x1e.gradwire_protocol.v1.DataType\x12\x0f\n\x07\x65nabled\x18\x03 \x01(\x08\"\xe0\x03\n\x04Node\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x31\n\targuments\x18\x03 \x03(\x0b\x32\x1e.gradwire_protocol.v1.Argument\x12>\n\x11keyword_arguments\x18\x04 \x03(\x0b\x32#.gradwire_protocol.v1.NamedArgument\x12\x13\n\x0bmodule_path\x18\x05 \x01(\t\x12\x0e\n\x06source\x18\x06 \x01(\t\x12\x0f\n\x07no_grad\x18\x07 \x01(\x08\x12\x30\n\x08\x61utocast\x18\x08 \x03(\x0b\x32\x1e.gradwire_protocol.v1.Autocast\x12\x19\n\x11mutated_arguments\x18\t \x03(\r\x12!\n\x19mutated_keyword_arguments\x18\n \x03(\t\x12\x0e\n\x06random\x18\x0b \x01(\x08\x12/\n\x06output\x18\x0c \x01(\x0b\x32\x1f.gradwire_protocol.v1.ValueSpec\x12/\n\x05\x66lops\x18\r \x01(\x0b\x32 .gradwire_protocol.v1.AffineSize\x12/\n\x05\x62ytes\x18\x0e \x01(\x0b\x32 .gradwire_protocol.v1.AffineSize\"\xc6\x01\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05names\x18\x02 \x03(\t\x12.\n\x04kind\x18\x03 \x01(\x0e\x32 .gradwire_protocol.v1.TensorKind\x12\x12\n\npersistent\x18\x04 \x01(\x08\x12\x15\n\rrequires_grad\x18\x05 \x01(\x08\x12\x31\n\tdata_type\x18\x06 \x01(\x0e\x32\x1e.gradwire_protocol.v1.DataType\x12\r\n\x05shape\x18\x07 \x03(\x03\"*\n\tTensorUse\x12\r\n\x05value\x18\x01 \x01(\t\x12\x0e\n\x06tensor\x18\x02 \x01(\t\"j\n\nGraphInput\x12\r\n\x05value\x18\x01 \x01(\t\x12\r\n\x05label\x18\x02 \x01(\t\x12-\n\x04spec\x18\x03 \x01(\x0b\x32\x1f.gradwire_protocol.v1.ValueSpec\x12\x0f\n\x07\x62\x61tched\x18\x04 \x01(\x08\"-\n\x0c\x42ufferUpdate\x12\r\n\x05value\x18\x01 \x01(\t\x12\x0e\n\x06tensor\x18\x02 \x01(\t\"-\n\x0bGraphOutput\x12\r\n\x05value\x18\x01 \x01(\t\x12\x0f\n\x07\x62\x61tched\x18\x02 \x01(\x08\"\xfc\x02\n\x05Graph\x12-\n\x04kind\x18\x01 \x01(\x0e\x32\x1f.gradwire_protocol.v1.GraphKind\x12\x30\n\x06inputs\x18\x02 \x03(\x0b\x32 .gradwire_protocol.v1.GraphInput\x12\x30\n\x07tensors\x18\x03 \x03(\x0b\x32\x1f.gradwire_protocol.v1.TensorUse\x12)\n\x05nodes\x18\x04 \x03(\x0b\x32\x1a.gradwire_protocol.v1.Node\x12\x32\n\x07outputs\x18\x05 \x03(\x0b\x32!.gradwire_protocol.v1.GraphOutput\x12\x14\n\x0c\x61llowed_cuts\x18\x06 \x03(\r\x12:\n\x0e\x62uffer_updates\x18\x07 \x03(\x0b\x32\".gradwire_protocol.v1.BufferUpdate\x12\x17\n\x0fmutated_tensors\x18\x08 \x03(\t\x12\x16\n\x0emutated_inputs\x18\t \x03(\t\"\xf6\x01\n\x05Model\x12\x31\n\x07tensors\x18\x01 \x03(\x0b\x32 .gradwire_protocol.v1.TensorSpec\x12*\n\x05train\x18\x02 \x01(\x0b\x32\x1b.gradwire_protocol.v1.Graph\x12-\n\x08\x65valuate\x18\x03 \x01(\x0b\x32\x1b.gradwire_protocol.v1.Graph\x12,\n\x07predict\x18\x04 \x01(\x0b\x32\x1b.gradwire_protocol.v1.Graph\x12\x31\n\tloss_form\x18\x05 \x01(\x0e\x32\x1e.gradwire_protocol.v1.LossForm*n\n\tGraphKind\x12\x1a\n\x16GRAPH_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10GRAPH_KIND_TRAIN\x10\x01\x12\x17\n\x13GRAPH_KIND_EVALUATE\x10\x02\x12\x16\n\x12GRAPH_KIND_PREDICT\x10\x03*\xae\x01\n\tValueKind\x12\x1a\n\x16VALUE_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11VALUE_KIND_TENSOR\x10\x01\x12\x16\n\x12VALUE_KIND_INTEGER\x10\x02\x12\x13\n\x0fVALUE_KIND_REAL\x10\x03\x12\x16\n\x12VALUE_KIND_BOOLEAN\x10\x04\x12\x14\n\x10VALUE_KIND_TUPLE\x10\x05\x12\x13\n\x0fVALUE_KIND_NONE\x10\x06*H\n\x0cTensorLayout\x12\x1d\n\x19TENSOR_LAYOUT_UNSPECIFIED\x10\x00\x12\x19\n\x15TENSOR_LAYOUT_STRIDED\x10\x01*\xac\x01\n\x0cMemoryFormat\x12\x1d\n\x19MEMORY_FORMAT_UNSPECIFIED\x10\x00\x12\x1c\n\x18MEMORY_FORMAT_CONTIGUOUS\x10\x01\x12\x1a\n\x16MEMORY_FORMAT_PRESERVE\x10\x02\x12\x1f\n\x1bMEMORY_FORMAT_CHANNELS_LAST\x10\x03\x12\"\n\x1eMEMORY_FORMAT_CHANNELS_LAST_3D\x10\x04*v\n\nTensorKind\x12\x1b\n\x17TENSOR_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15TENSOR_KIND_PARAMETER\x10\x01\x12\x16\n\x12TENSOR_KIND_BUFFER\x10\x02\x12\x18\n\x14TENSOR_KIND_CONSTANT\x10\x03*a\n\x08LossForm\x12\x19\n\x15LOSS_FORM_UNSPECIFIED\x10\x00\x12\x1c\n\x18LOSS_FORM_MEAN_OVER_ROWS\x10\x01\x12\x1c\n\x18LOSS_FORM_SUM_AND_WEIGHT\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n gradwire_protocol/v1/graph.proto\x12\x14gradwire_protocol.v1\x1a\"gradwire_protocol/v1/tensors.proto\",\n\nAffineSize\x12\r\n\x05\x66ixed\x18\x01 \x01(\x03\x12\x0f\n\x07per_row\x18\x02 \x01(\x03\"\x9e\x01\n\tValueSpec\x12-\n\x04kind\x18\x01 \x01(\x0e\x32\x1f.gradwire_protocol.v1.ValueKind\x12\x31\n\tdata_type\x18\x02 \x01(\x0e\x32\x1e.gradwire_protocol.v1.DataType\x12/\n\x05shape\x18\x03 \x03(\x0b\x32 .gradwire_protocol.v1.AffineSize\"\t\n\x07Nothing\"=\n\x0c\x41rgumentList\x12-\n\x05items\x18\x01 \x03(\x0b\x32\x1e.gradwire_protocol.v1.Argument\"0\n\rComplexNumber\x12\x0c\n\x04real\x18\x01 \x01(\x01\x12\x11\n\timaginary\x18\x02 \x01(\x01\"\xc3\x03\n\x08\x41rgument\x12\x0f\n\x05value\x18\x01 \x01(\tH\x00\x12-\n\x04none\x18\x02 \x01(\x0b\x32\x1d.gradwire_protocol.v1.NothingH\x00\x12\x11\n\x07\x62oolean\x18\x03 \x01(\x08H\x00\x12\x11\n\x07integer\x18\x04 \x01(\x03H\x00\x12\x0e\n\x04real\x18\x05 \x01(\x01H\x00\x12\x0e\n\x04text\x18\x06 \x01(\tH\x00\x12\x33\n\tdata_type\x18\x07 \x01(\x0e\x32\x1e.gradwire_protocol.v1.DataTypeH\x00\x12\x15\n\x0b\x64\x65vice_kind\x18\x08 \x01(\tH\x00\x12\x34\n\x06layout\x18\t \x01(\x0e\x32\".gradwire_protocol.v1.TensorLayoutH\x00\x12;\n\rmemory_format\x18\n \x01(\x0e\x32\".gradwire_protocol.v1.MemoryFormatH\x00\x12\x32\n\x04list\x18\x0b \x01(\x0b\x32\".gradwire_protocol.v1.ArgumentListH\x00\x12\x36\n\x07\x63omplex\x18\x0c \x01(\x0b\x32#.gradwire_protocol.v1.ComplexNumberH\x00\x42\x06\n\x04kind\"L\n\rNamedArgument\x12\x0c\n\x04name\x18\x01 \x01(\t\x12-\n\x05value\x18\x02 \x01(\x0b\x32\x1e.gradwire_protocol.v1.Argument\"c\n\x08\x41utocast\x12\x13\n\x0b\x64\x65vice_kind\x18\x01 \x01(\t\x12\x31\n\tdata_type\x18\x02 \x01(\x0e\x32\x1e.gradwire_protocol.v1.DataType\x12\x0f\n\x07\x65nabled\x18\x03 \x01(\x08\"\xe0\x03\n\x04Node\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x31\n\targuments\x18\x03 \x03(\x0b\x32\x1e.gradwire_protocol.v1.Argument\x12>\n\x11keyword_arguments\x18\x04 \x03(\x0b\x32#.gradwire_protocol.v1.NamedArgument\x12\x13\n\x0bmodule_path\x18\x05 \x01(\t\x12\x0e\n\x06source\x18\x06 \x01(\t\x12\x0f\n\x07no_grad\x18\x07 \x01(\x08\x12\x30\n\x08\x61utocast\x18\x08 \x03(\x0b\x32\x1e.gradwire_protocol.v1.Autocast\x12\x19\n\x11mutated_arguments\x18\t \x03(\r\x12!\n\x19mutated_keyword_arguments\x18\n \x03(\t\x12\x0e\n\x06random\x18\x0b \x01(\x08\x12/\n\x06output\x18\x0c \x01(\x0b\x32\x1f.gradwire_protocol.v1.ValueSpec\x12/\n\x05\x66lops\x18\r \x01(\x0b\x32 .gradwire_protocol.v1.AffineSize\x12/\n\x05\x62ytes\x18\x0e \x01(\x0b\x32 .gradwire_protocol.v1.AffineSize\"\xc6\x01\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05names\x18\x02 \x03(\t\x12.\n\x04kind\x18\x03 \x01(\x0e\x32 .gradwire_protocol.v1.TensorKind\x12\x12\n\npersistent\x18\x04 \x01(\x08\x12\x15\n\rrequires_grad\x18\x05 \x01(\x08\x12\x31\n\tdata_type\x18\x06 \x01(\x0e\x32\x1e.gradwire_protocol.v1.DataType\x12\r\n\x05shape\x18\x07 \x03(\x03\"*\n\tTensorUse\x12\r\n\x05value\x18\x01 \x01(\t\x12\x0e\n\x06tensor\x18\x02 \x01(\t\"j\n\nGraphInput\x12\r\n\x05value\x18\x01 \x01(\t\x12\r\n\x05label\x18\x02 \x01(\t\x12-\n\x04spec\x18\x03 \x01(\x0b\x32\x1f.gradwire_protocol.v1.ValueSpec\x12\x0f\n\x07\x62\x61tched\x18\x04 \x01(\x08\"-\n\x0c\x42ufferUpdate\x12\r\n\x05value\x18\x01 \x01(\t\x12\x0e\n\x06tensor\x18\x02 \x01(\t\"-\n\x0bGraphOutput\x12\r\n\x05value\x18\x01 \x01(\t\x12\x0f\n\x07\x62\x61tched\x18\x02 \x01(\x08\"\xfc\x02\n\x05Graph\x12-\n\x04kind\x18\x01 \x01(\x0e\x32\x1f.gradwire_protocol.v1.GraphKind\x12\x30\n\x06inputs\x18\x02 \x03(\x0b\x32 .gradwire_protocol.v1.GraphInput\x12\x30\n\x07tensors\x18\x03 \x03(\x0b\x32\x1f.gradwire_protocol.v1.TensorUse\x12)\n\x05nodes\x18\x04 \x03(\x0b\x32\x1a.gradwire_protocol.v1.Node\x12\x32\n\x07outputs\x18\x05 \x03(\x0b\x32!.gradwire_protocol.v1.GraphOutput\x12\x14\n\x0c\x61llowed_cuts\x18\x06 \x03(\r\x12:\n\x0e\x62uffer_updates\x18\x07 \x03(\x0b\x32\".gradwire_protocol.v1.BufferUpdate\x12\x17\n\x0fmutated_tensors\x18\x08 \x03(\t\x12\x16\n\x0emutated_inputs\x18\t \x03(\t\"\xf6\x01\n\x05Model\x12\x31\n\x07tensors\x18\x01 \x03(\x0b\x32 .gradwire_protocol.v1.TensorSpec\x12*\n\x05train\x18\x02 \x01(\x0b\x32\x1b.gradwire_protocol.v1.Graph\x12-\n\x08\x65valuate\x18\x03 \x01(\x0b\x32\x1b.gradwire_protocol.v1.Graph\x12,\n\x07predict\x18\x04 \x01(\x0b\x32\x1b.gradwire_protocol.v1.Graph\x12\x31\n\tloss_form\x18\x05 \x01(\x0e\x32\x1e.gradwire_protocol.v1.LossForm*n\n\tGraphKind\x12\x1a\n\x16GRAPH_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10GRAPH_KIND_TRAIN\x10\x01\x12\x17\n\x13GRAPH_KIND_EVALUATE\x10\x02\x12\x16\n\x12GRAPH_KIND_PREDICT\x10\x03*\xae\x01\n\tValueKind\x12\x1a\n\x16VALUE_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11VALUE_KIND_TENSOR\x10\x01\x12\x16\n\x12VALUE_KIND_INTEGER\x10\x02\x12\x13\n\x0fVALUE_KIND_REAL\x10\x03\x12\x16\n\x12VALUE_KIND_BOOLEAN\x10\x04\x12\x14\n\x10VALUE_KIND_TUPLE\x10\x05\x12\x13\n\x0fVALUE_KIND_NONE\x10\x06*H\n\x0cTensorLayout\x12\x1d\n\x19TENSOR_LAYOUT_UNSPECIFIED\x10\x00\x12\x19\n\x15TENSOR_LAYOUT_STRIDED\x10\x01*\xac\x01\n\x0cMemoryFormat\x12\x1d\n\x19MEMORY_FORMAT_UNSPECIFIED\x10\x00\x12\x1c\n\x18MEMORY_FORMAT_CONTIGUOUS\x10\x01\x12\x1a\n\x16MEMORY_FORMAT_PRESERVE\x10\x02\x12\x1f\n\x1bMEMORY_FORMAT_CHANNELS_LAST\x10\x03\x12\"\n\x1eMEMORY_FORMAT_CHANNELS_LAST_3D\x10\x04*v\n\nTensorKind\x12\x1b\n\x17TENSOR_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15TENSOR_KIND_PARAMETER\x10\x01\x12\x16\n\x12TENSOR_KIND_BUFFER\x10\x02\x12\x18\n\x14TENSOR_KIND_CONSTANT\x10\x03*a\n\x08LossForm\x12\x19\n\x15LOSS_FORM_UNSPECIFIED\x10\x00\x12\x1c\n\x18LOSS_FORM_MEAN_OVER_ROWS\x10\x01\x12\x1c\n\x18LOSS_FORM_SUM_AND_WEIGHT\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'gradwire_protocol.v1.graph_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GRAPHKIND']._serialized_start=2614
-  _globals['_GRAPHKIND']._serialized_end=2724
-  _globals['_VALUEKIND']._serialized_start=2727
-  _globals['_VALUEKIND']._serialized_end=2901
-  _globals['_TENSORLAYOUT']._serialized_start=2903
-  _globals['_TENSORLAYOUT']._serialized_end=2975
-  _globals['_MEMORYFORMAT']._serialized_start=2978
-  _globals['_MEMORYFORMAT']._serialized_end=3150
-  _globals['_TENSORKIND']._serialized_start=3152
-  _globals['_TENSORKIND']._serialized_end=3270
-  _globals['_LOSSFORM']._serialized_start=3272
-  _globals['_LOSSFORM']._serialized_end=3369
+  _globals['_GRAPHKIND']._serialized_start=2620
+  _globals['_GRAPHKIND']._serialized_end=2730
+  _globals['_VALUEKIND']._serialized_start=2733
+  _globals['_VALUEKIND']._serialized_end=2907
+  _globals['_TENSORLAYOUT']._serialized_start=2909
+  _globals['_TENSORLAYOUT']._serialized_end=2981
+  _globals['_MEMORYFORMAT']._serialized_start=2984
+  _globals['_MEMORYFORMAT']._serialized_end=3156
+  _globals['_TENSORKIND']._serialized_start=3158
+  _globals['_TENSORKIND']._serialized_end=3276
+  _globals['_LOSSFORM']._serialized_start=3278
+  _globals['_LOSSFORM']._serialized_end=3375
   _globals['_AFFINESIZE']._serialized_start=94
   _globals['_AFFINESIZE']._serialized_end=138
   _globals['_VALUESPEC']._serialized_start=141
   _globals['_VALUESPEC']._serialized_end=299
-  _globals['_NONE']._serialized_start=301
-  _globals['_NONE']._serialized_end=307
-  _globals['_ARGUMENTLIST']._serialized_start=309
-  _globals['_ARGUMENTLIST']._serialized_end=370
-  _globals['_COMPLEXNUMBER']._serialized_start=372
-  _globals['_COMPLEXNUMBER']._serialized_end=420
-  _globals['_ARGUMENT']._serialized_start=423
-  _globals['_ARGUMENT']._serialized_end=871
-  _globals['_NAMEDARGUMENT']._serialized_start=873
-  _globals['_NAMEDARGUMENT']._serialized_end=949
-  _globals['_AUTOCAST']._serialized_start=951
-  _globals['_AUTOCAST']._serialized_end=1050
-  _globals['_NODE']._serialized_start=1053
-  _globals['_NODE']._serialized_end=1533
-  _globals['_TENSORSPEC']._serialized_start=1536
-  _globals['_TENSORSPEC']._serialized_end=1734
-  _globals['_TENSORUSE']._serialized_start=1736
-  _globals['_TENSORUSE']._serialized_end=1778
-  _globals['_GRAPHINPUT']._serialized_start=1780
-  _globals['_GRAPHINPUT']._serialized_end=1886
-  _globals['_BUFFERUPDATE']._serialized_start=1888
-  _globals['_BUFFERUPDATE']._serialized_end=1933
-  _globals['_GRAPHOUTPUT']._serialized_start=1935
-  _globals['_GRAPHOUTPUT']._serialized_end=1980
-  _globals['_GRAPH']._serialized_start=1983
-  _globals['_GRAPH']._serialized_end=2363
-  _globals['_MODEL']._serialized_start=2366
-  _globals['_MODEL']._serialized_end=2612
+  _globals['_NOTHING']._serialized_start=301
+  _globals['_NOTHING']._serialized_end=310
+  _globals['_ARGUMENTLIST']._serialized_start=312
+  _globals['_ARGUMENTLIST']._serialized_end=373
+  _globals['_COMPLEXNUMBER']._serialized_start=375
+  _globals['_COMPLEXNUMBER']._serialized_end=423
+  _globals['_ARGUMENT']._serialized_start=426
+  _globals['_ARGUMENT']._serialized_end=877
+  _globals['_NAMEDARGUMENT']._serialized_start=879
+  _globals['_NAMEDARGUMENT']._serialized_end=955
+  _globals['_AUTOCAST']._serialized_start=957
+  _globals['_AUTOCAST']._serialized_end=1056
+  _globals['_NODE']._serialized_start=1059
+  _globals['_NODE']._serialized_end=1539
+  _globals['_TENSORSPEC']._serialized_start=1542
+  _globals['_TENSORSPEC']._serialized_end=1740
+  _globals['_TENSORUSE']._serialized_start=1742
+  _globals['_TENSORUSE']._serialized_end=1784
+  _globals['_GRAPHINPUT']._serialized_start=1786
+  _globals['_GRAPHINPUT']._serialized_end=1892
+  _globals['_BUFFERUPDATE']._serialized_start=1894
+  _globals['_BUFFERUPDATE']._serialized_end=1939
+  _globals['_GRAPHOUTPUT']._serialized_start=1941
+  _globals['_GRAPHOUTPUT']._serialized_end=1986
+  _globals['_GRAPH']._serialized_start=1989
+  _globals['_GRAPH']._serialized_end=2369
+  _globals['_MODEL']._serialized_start=2372
+  _globals['_MODEL']._serialized_end=2618
 # @@protoc_insertion_point(module_scope)

@@ -94,7 +94,7 @@ class ValueSpec(_message.Message):
     shape: _containers.RepeatedCompositeFieldContainer[AffineSize]
     def __init__(self, kind: _Optional[_Union[ValueKind, str]] = ..., data_type: _Optional[_Union[_tensors_pb2.DataType, str]] = ..., shape: _Optional[_Iterable[_Union[AffineSize, _Mapping]]] = ...) -> None: ...
 
-class None(_message.Message):
+class Nothing(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
@@ -127,7 +127,7 @@ class Argument(_message.Message):
     LIST_FIELD_NUMBER: _ClassVar[int]
     COMPLEX_FIELD_NUMBER: _ClassVar[int]
     value: str
-    none: globals()['None']
+    none: Nothing
     boolean: bool
     integer: int
     real: float
@@ -138,7 +138,7 @@ class Argument(_message.Message):
     memory_format: MemoryFormat
     list: ArgumentList
     complex: ComplexNumber
-    def __init__(self, value: _Optional[str] = ..., none: _Optional[_Union[globals()['None'], _Mapping]] = ..., boolean: bool = ..., integer: _Optional[int] = ..., real: _Optional[float] = ..., text: _Optional[str] = ..., data_type: _Optional[_Union[_tensors_pb2.DataType, str]] = ..., device_kind: _Optional[str] = ..., layout: _Optional[_Union[TensorLayout, str]] = ..., memory_format: _Optional[_Union[MemoryFormat, str]] = ..., list: _Optional[_Union[ArgumentList, _Mapping]] = ..., complex: _Optional[_Union[ComplexNumber, _Mapping]] = ...) -> None: ...
+    def __init__(self, value: _Optional[str] = ..., none: _Optional[_Union[Nothing, _Mapping]] = ..., boolean: bool = ..., integer: _Optional[int] = ..., real: _Optional[float] = ..., text: _Optional[str] = ..., data_type: _Optional[_Union[_tensors_pb2.DataType, str]] = ..., device_kind: _Optional[str] = ..., layout: _Optional[_Union[TensorLayout, str]] = ..., memory_format: _Optional[_Union[MemoryFormat, str]] = ..., list: _Optional[_Union[ArgumentList, _Mapping]] = ..., complex: _Optional[_Union[ComplexNumber, _Mapping]] = ...) -> None: ...
 
 class NamedArgument(_message.Message):
     __slots__ = ("name", "value")

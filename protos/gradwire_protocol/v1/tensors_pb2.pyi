@@ -121,12 +121,14 @@ class TensorHeader(_message.Message):
     def __init__(self, key: _Optional[_Union[MessageKey, _Mapping]] = ..., sequence: _Optional[int] = ..., tensor: _Optional[_Union[TensorInfo, _Mapping]] = ..., integer: _Optional[int] = ..., real: _Optional[float] = ..., boolean: bool = ..., absent: _Optional[_Union[Absent, _Mapping]] = ...) -> None: ...
 
 class TensorChunk(_message.Message):
-    __slots__ = ("offset", "data")
+    __slots__ = ("offset", "padding", "data")
     OFFSET_FIELD_NUMBER: _ClassVar[int]
+    PADDING_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     offset: int
+    padding: bytes
     data: bytes
-    def __init__(self, offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, offset: _Optional[int] = ..., padding: _Optional[bytes] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class TensorFrame(_message.Message):
     __slots__ = ("header", "chunk")

@@ -1,0 +1,48 @@
+# Every target sets up what it needs. Python 3.11 and make are enough.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PROTOS := $(wildcard protos/gradwire_protocol/v1/*.proto)
+
+.PHONY: train test lint protos bench clean help
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make train   train the reference job on a local cluster"
+	@echo "make test    run the whole test suite"
+	@echo "make lint    ruff, mypy, buf, generated stubs"
+	@echo "make bench   run the benchmarks and check their claims"
+	@echo "make protos  regenerate the stubs from the .proto files"
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed: set PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+train: $(STAMP)
+	$(BIN)/gradwire train
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/buf lint
+	@# The contract may change freely until its first release; after that only in ways that old peers understand.
+	@tag=$$(git describe --tags --abbrev=0 2>/dev/null); if [ -n "$$tag" ]; then $(BIN)/buf breaking --against ".git#tag=$$tag"; fi
+
+# Comments and whitespace aside, the same files on every machine: the tools are pinned.
+protos: $(STAMP)
+	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=protos --pyi_out=protos --grpc_python_out=protos $(PROTOS)
+	@# Files without a service give empty service stubs.
+	@for stub in protos/gradwire_protocol/v1/*_pb2_grpc.py; do grep -q '^class' $$stub || rm $$stub; done
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/pipeline.py --check
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,138 @@
+"""Addresses, channels and credentials: how services reach each other, and when plaintext is allowed.
+
+Plaintext is for loopback only. Elsewhere both sides prove who they are with certificates (mutual TLS).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from gradwire_protocol.errors import SettingsError
+
+# Frames are small; unary messages carry graphs, whose nodes are a few hundred bytes each.
+MAXIMUM_MESSAGE_BYTES = 64 * 2**20
+
+# Keepalive finds a vanished host; ping_timeout makes that take seconds, not a minute (a frozen process is found by
+# heartbeats). The pings rules let a silent stream be probed.
+_COMMON_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_receive_message_length", MAXIMUM_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAXIMUM_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+)
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    *_COMMON_OPTIONS,
+    # A connection of its own for each channel: bulk transfers must not hold up small messages.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+    # A proxy from the environment is for web traffic, not for peers.
+    ("grpc.enable_http_proxy", 0),
+)
+SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
+    *_COMMON_OPTIONS,
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    # Two servers on one port would share its connections at random.
+    ("grpc.so_reuseport", 0),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TlsFiles:
+    """PEM files for mutual TLS: the authority that both sides trust, and one's own certificate and key."""
+
+    authority: Path
+    certificate: Path
+    key: Path
+
+    def read(self) -> tuple[bytes, bytes, bytes]:
+        """Return the contents (authority, certificate, key); SettingsError if one cannot be read."""
+        contents = []
+        for path in (self.authority, self.certificate, self.key):
+            try:
+                contents.append(path.read_bytes())
+            except OSError as error:
+                raise SettingsError(
+                    f"Cannot read the TLS file {path}", got=str(error), remedy="check the path and its permissions"
+                ) from error
+        return contents[0], contents[1], contents[2]
+
+
+_ADDRESS = re.compile(r"(?P<host>\[[0-9a-fA-F:.%]+\]|[A-Za-z0-9._-]+):(?P<port>\d{1,5})")
+
+
+def parse_address(address: str) -> tuple[str, int]:
+    """Split HOST:PORT; IPv6 hosts are written in brackets, which the result keeps out."""
+    match = _ADDRESS.fullmatch(address)
+    if match is None or int(match["port"]) > 65535:
+        raise SettingsError(
+            "Not an address", expected='HOST:PORT, such as "127.0.0.1:7070" or "[::1]:7070"', got=repr(address)
+        )
+    return match["host"].strip("[]"), int(match["port"])
+
+
+def is_loopback(address: str) -> bool:
+    """Whether HOST:PORT names this machine's loopback interface."""
+    host, _ = parse_address(address)
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_plaintext(address: str, tls: TlsFiles | None, *, insecure: bool = False) -> None:
+    """Refuse an address off loopback without TLS, unless the user insists."""
+    if tls is None and not insecure and not is_loopback(address):
+        raise SettingsError(
+            f"Plaintext is allowed on loopback only, and {address} is not",
+            expected="TLS files, or a loopback address such as 127.0.0.1",
+            got="no TLS files",
+            remedy="give --tls-authority, --tls-certificate and --tls-key (or --insecure on a network that you trust)",
+        )
+
+
+def open_channel(address: str, tls: TlsFiles | None = None, *, insecure: bool = False) -> Any:
+    """Return a grpc.Channel to HOST:PORT, with a connection of its own. Connects lazily, and again when it breaks."""
+    check_plaintext(address, tls, insecure=insecure)
+    if tls is None:
+        return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+    authority, certificate, key = tls.read()
+    credentials = grpc.ssl_channel_credentials(
+        root_certificates=authority, private_key=key, certificate_chain=certificate
+    )
+    return grpc.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
+
+
+def bind(server: Any, address: str, tls: TlsFiles | None = None, *, insecure: bool = False) -> str:
+    """Bind a grpc.Server to HOST:PORT (port 0: any free one) and return the address with its real port."""
+    check_plaintext(address, tls, insecure=insecure)
+    host, _ = parse_address(address)
+    credentials = None
+    if tls is not None:
+        authority, certificate, key = tls.read()
+        credentials = grpc.ssl_server_credentials(
+            [(key, certificate)], root_certificates=authority, require_client_auth=True
+        )
+    try:
+        if credentials is None:
+            port: int = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, credentials)
+    except RuntimeError as error:
+        raise SettingsError(
+            f"Cannot listen on {address}",
+            got=str(error),
+            remedy="find who holds the port with `ss -ltnp`, or choose another (port 0: any free one)",
+        ) from error
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,180 @@
+"""The frame that every service stands in: port, health, errors, metrics, signals, parent watch.
+
+A service's own main builds its servicers between `Service(...)` and `start()`, and ends in `wait()` and `stop()`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent import futures
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from prometheus_client import CollectorRegistry, start_http_server
+
+from gradwire_protocol.channels import SERVER_OPTIONS, TlsFiles, bind, parse_address
+from gradwire_protocol.errors import ErrorInterceptor, SettingsError
+
+_log = structlog.get_logger(__name__)
+# After the parent is gone, or a stop was asked for, the process ends within this time, whatever hangs.
+_EXIT_SECONDS = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceSettings:
+    """What every service can be told."""
+
+    listen: str = "127.0.0.1:0"
+    # HOST:PORT that others dial; empty: the bound address.
+    advertise: str = ""
+    # HOST:PORT of /metrics; empty: none.
+    metrics_listen: str = "127.0.0.1:0"
+    tls: TlsFiles | None = None
+    insecure: bool = False
+    # File descriptor that gets one JSON line {"address", "metrics_address"} when the service is ready.
+    ready_fd: int | None = None
+    workers: int = 64
+
+
+def watch_stdin() -> None:
+    """End this process when standard input ends: its parent holds the other side, and has died or wants it gone.
+
+    Call it first in main: it also works while the rest is still being imported.
+    """
+
+    def watch() -> None:
+        while os.read(0, 4096):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_EXIT_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent watch", daemon=True).start()
+
+
+class _Capture:
+    """Stands in for a server, to get at the handlers that generated code registers."""
+
+    def __init__(self) -> None:
+        self.service = ""
+        self.handlers: dict[str, Any] = {}
+
+    def add_generic_rpc_handlers(self, handlers: Iterable[Any]) -> None:
+        """Generated code adds the same handlers this way too, for old servers."""
+
+    def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
+        self.service, self.handlers = service, handlers
+
+
+def register_with_raw_streams(add: Callable[[Any, Any], None], servicer: Any, server: Any, raw: Iterable[str]) -> None:
+    """Register a servicer whose methods named in `raw` (stream to stream) get request bytes as they came.
+
+    `add` is the generated `add_…Servicer_to_server`.
+    """
+    capture = _Capture()
+    add(servicer, capture)
+    for name in raw:
+        handler = capture.handlers[name]
+        capture.handlers[name] = grpc.stream_stream_rpc_method_handler(
+            handler.stream_stream, request_deserializer=None, response_serializer=handler.response_serializer
+        )
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(capture.service, capture.handlers),))
+    server.add_registered_method_handlers(capture.service, capture.handlers)
+
+
+class Service:
+    """A gRPC server with health service, error translation, metrics and an orderly end.
+
+    `address` is what others dial, with its real port, known from the start; calls are taken after `start()`.
+    """
+
+    def __init__(self, name: str, settings: ServiceSettings) -> None:
+        self.name = name
+        self.registry = CollectorRegistry()
+        self._settings = settings
+        self._stop = threading.Event()
+        self._metrics_server: Any = None
+        self.metrics_address = ""
+        self._pool = futures.ThreadPoolExecutor(settings.workers, thread_name_prefix=name)
+        self.server = grpc.server(self._pool, interceptors=(ErrorInterceptor(),), options=SERVER_OPTIONS)
+        self._health = health.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
+        bound = bind(self.server, settings.listen, settings.tls, insecure=settings.insecure)
+        if settings.advertise:
+            parse_address(settings.advertise)
+        elif parse_address(bound)[0] in ("0.0.0.0", "::"):
+            raise SettingsError(
+                f"{bound} is not an address that others can dial",
+                expected="--advertise HOST:PORT, as peers reach this machine",
+                got="a listening address for all interfaces and no --advertise",
+                remedy="add --advertise",
+            )
+        self.address = settings.advertise or bound
+
+    def start(self) -> None:
+        """Take calls, serve metrics, report ready."""
+        if self._settings.metrics_listen:
+            host, port = parse_address(self._settings.metrics_listen)
+            try:
+                self._metrics_server, _ = start_http_server(port, host, registry=self.registry)
+            except OSError as error:
+                raise SettingsError(
+                    f"Cannot serve metrics on {self._settings.metrics_listen}",
+                    got=str(error),
+                    remedy="choose another port, or port 0",
+                ) from error
+            shown = f"[{host}]" if ":" in host else host
+            self.metrics_address = f"{shown}:{self._metrics_server.server_address[1]}"
+        self.server.start()
+        self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        _log.info("listening", service=self.name, address=self.address, metrics=self.metrics_address)
+
+    def report_ready(self) -> None:
+        """Tell the process that started this one the addresses, if it asked (`ready_fd`)."""
+        if self._settings.ready_fd is not None:
+            with os.fdopen(self._settings.ready_fd, "w") as ready:
+                ready.write(json.dumps({"address": self.address, "metrics_address": self.metrics_address}) + "\n")
+
+    def install_signal_handlers(self) -> None:
+        """SIGTERM and SIGINT ask for an orderly stop. Main thread only."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self.request_stop())
+
+    def request_stop(self) -> None:
+        self._stop.set()
+
+    def wait(self) -> None:
+        """Return when a stop was asked for."""
+        self._stop.wait()
+
+    def stop(self, grace_seconds: float = 1.0) -> None:
+        """Refuse new calls, give those in progress the grace, then cancel them. Idempotent."""
+        self._stop.set()
+        self._health.enter_graceful_shutdown()
+        self.server.stop(grace_seconds).wait()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._metrics_server is not None:
+            self._metrics_server.shutdown()
+            self._metrics_server.server_close()
+            self._metrics_server = None
+
+
+def exit_in_time() -> None:
+    """End the process even if a thread of some library does not: call when main has nothing left to do."""
+    timer = threading.Timer(_EXIT_SECONDS, os._exit, (0,))
+    timer.daemon = True
+    timer.start()
+
+
+def host_name() -> str:
+    """Return this machine's name, for identifiers that people read."""
+    return socket.gethostname().split(".")[0][:32]

@@ -1,0 +1,91 @@
+"""Tensors to messages and back, without a copy. The only module of this package that imports torch."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from gradwire_protocol.errors import FrameError
+from gradwire_protocol.frames import Message
+from gradwire_protocol.v1 import tensors_pb2 as pb
+
+DATA_TYPES: dict[torch.dtype, pb.DataType] = {
+    torch.float64: pb.DATA_TYPE_FLOAT64,
+    torch.float32: pb.DATA_TYPE_FLOAT32,
+    torch.float16: pb.DATA_TYPE_FLOAT16,
+    torch.bfloat16: pb.DATA_TYPE_BFLOAT16,
+    torch.int64: pb.DATA_TYPE_INT64,
+    torch.int32: pb.DATA_TYPE_INT32,
+    torch.int16: pb.DATA_TYPE_INT16,
+    torch.int8: pb.DATA_TYPE_INT8,
+    torch.uint8: pb.DATA_TYPE_UINT8,
+    torch.bool: pb.DATA_TYPE_BOOL,
+    torch.complex64: pb.DATA_TYPE_COMPLEX64,
+    torch.complex128: pb.DATA_TYPE_COMPLEX128,
+}
+TORCH_TYPES: dict[int, torch.dtype] = {number: dtype for dtype, number in DATA_TYPES.items()}
+
+# torch warns, once a process, that received buffers are read-only. They are, by contract: nobody writes to them.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.frombuffer(b"\0", dtype=torch.uint8)
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill their memory without gap or overlap (strides are permuted contiguous ones)."""
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def dense(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor itself if it is dense, else a dense copy (expanded and strided tensors)."""
+    return tensor if tensor.numel() == 0 or is_dense(tensor) else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def tensor_info(tensor: torch.Tensor) -> pb.TensorInfo:
+    """Describe a dense tensor. Strides are left out where they are the contiguous ones."""
+    data_type = DATA_TYPES.get(tensor.dtype)
+    if data_type is None:
+        raise FrameError(
+            f"Tensors of {tensor.dtype} cannot travel",
+            expected=f"one of {sorted(map(str, DATA_TYPES))}",
+            remedy="convert it",
+        )
+    return pb.TensorInfo(
+        data_type=data_type,
+        shape=tensor.shape,
+        strides=() if tensor.is_contiguous() else tensor.stride(),
+        size_bytes=tensor.numel() * tensor.element_size(),
+        codec=pb.CODEC_NONE,
+        requires_grad=tensor.requires_grad,
+    )
+
+
+def payload_of(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a dense CPU tensor, in memory order, without a copy. They keep its memory alive."""
+    if tensor.numel() == 0:
+        return memoryview(b"")
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,))
+    if flat.is_complex():
+        flat = torch.view_as_real(flat).flatten()
+    return flat.view(torch.uint8).numpy().data
+
+
+def tensor_from(message: Message) -> torch.Tensor:
+    """Return the tensor that a message carries, over the message's own memory: never write to it.
+
+    Its requires_grad is left to the receiver (`message.header.tensor.requires_grad`).
+    """
+    info = message.header.tensor
+    dtype = TORCH_TYPES[info.data_type]
+    if message.payload is None:
+        return torch.empty(tuple(info.shape), dtype=dtype)
+    flat = torch.frombuffer(message.payload, dtype=dtype)
+    if info.strides:
+        return flat.as_strided(tuple(info.shape), tuple(info.strides))
+    return flat.view(tuple(info.shape))

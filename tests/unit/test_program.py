@@ -1,0 +1,48 @@
+"""Actions and programs print as text that parses back."""
+
+import pytest
+from gradwire_protocol.errors import FrameError
+from gradwire_protocol.program import (
+    BACKWARD,
+    FORWARD,
+    NORM,
+    REDUCE,
+    UPDATE,
+    Action,
+    format_program,
+    parse_action,
+    parse_program,
+    program_from_proto,
+    program_to_proto,
+)
+from gradwire_protocol.v1 import run_pb2
+from hypothesis import given
+from hypothesis import strategies as st
+
+actions = st.one_of(
+    st.builds(Action, st.integers(0, 999), st.sampled_from([FORWARD, BACKWARD]), st.integers(0, 999)),
+    st.sampled_from([REDUCE, NORM, UPDATE]).map(lambda kind: Action(0, kind, 0)),
+)
+
+
+@given(st.lists(actions, max_size=30))
+def test_programs_survive_text_and_wire(program):
+    assert parse_program(format_program(program)) == program
+    message = run_pb2.Program.FromString(program_to_proto(program).SerializeToString())
+    assert program_from_proto(message) == program
+
+
+def test_text_form():
+    assert str(Action(2, FORWARD, 0)) == "2F0"
+    assert format_program([Action(1, BACKWARD, 3), Action(0, UPDATE, 0)]) == "1B3 UPDATE"
+
+
+@pytest.mark.parametrize("text", ["", "F0", "2X0", "2F", "2F-1", "update", "2F0 "])
+def test_other_text_is_refused(text):
+    with pytest.raises(FrameError, match="Not an action"):
+        parse_action(text)
+
+
+def test_unknown_kinds_from_the_wire_are_refused():
+    with pytest.raises(FrameError, match="Unknown kind"):
+        program_from_proto(run_pb2.Program(actions=[run_pb2.Action(kind=77)]))
