@@ -74,10 +74,10 @@ def _padding_bytes(before: int, unpadded: int) -> int:
     shortest = len(_varint(unpadded))
     for length_bytes in (shortest, shortest + 1):
         least = -(before + length_bytes) % _ALIGNMENT
-        for missing in (least, least + _ALIGNMENT):
+        for missing in (least, least + _ALIGNMENT, least + 2 * _ALIGNMENT):
             if missing not in (1, 2) and len(_varint(unpadded + missing)) == length_bytes:
                 return missing
-    raise AssertionError("one of the four always agrees")
+    raise AssertionError("one of these always agrees")
 
 
 def _chunk_frame(header: bytes, offset: int, data: memoryview) -> bytes:
