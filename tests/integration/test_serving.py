@@ -10,10 +10,11 @@ import urllib.request
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
 from gradwire_protocol.channels import open_channel
 from gradwire_protocol.errors import SettingsError
 from gradwire_protocol.serving import Service, ServiceSettings
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 MAIN = """
 import sys, time

@@ -5,6 +5,7 @@ from concurrent import futures
 import grpc
 import pytest
 import trustme
+
 from gradwire_protocol.channels import TlsFiles, bind, check_plaintext, is_loopback, open_channel, parse_address
 from gradwire_protocol.errors import SettingsError
 

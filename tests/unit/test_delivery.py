@@ -6,6 +6,7 @@ from concurrent import futures
 
 import grpc
 import pytest
+
 from gradwire_protocol.channels import bind, open_channel
 from gradwire_protocol.delivery import FrameSender
 from gradwire_protocol.errors import Aborted, ErrorInterceptor, InternalError, LimitExceeded, Unreachable

@@ -4,6 +4,7 @@ from concurrent import futures
 
 import grpc
 import pytest
+
 from gradwire_protocol import errors
 from gradwire_protocol.channels import bind, open_channel
 from gradwire_protocol.errors import ErrorInterceptor, GradwireError, from_rpc_error, from_status, to_status

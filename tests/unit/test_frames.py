@@ -3,11 +3,12 @@
 import math
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from gradwire_protocol import frames
 from gradwire_protocol.errors import FrameError, LimitExceeded
 from gradwire_protocol.v1 import tensors_pb2 as pb
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 def header_for(shape, *, element=4, sequence=1, strides=(), **key):

@@ -1,6 +1,9 @@
 """Actions and programs print as text that parses back."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from gradwire_protocol.errors import FrameError
 from gradwire_protocol.program import (
     BACKWARD,
@@ -16,8 +19,6 @@ from gradwire_protocol.program import (
     program_to_proto,
 )
 from gradwire_protocol.v1 import run_pb2
-from hypothesis import given
-from hypothesis import strategies as st
 
 actions = st.one_of(
     st.builds(Action, st.integers(0, 999), st.sampled_from([FORWARD, BACKWARD]), st.integers(0, 999)),

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from gradwire_protocol import frames
 from gradwire_protocol.errors import FrameError
 from gradwire_protocol.torch_tensors import DATA_TYPES, dense, is_dense, payload_of, tensor_from, tensor_info
 from gradwire_protocol.v1 import tensors_pb2 as pb
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 def travel(tensor):
