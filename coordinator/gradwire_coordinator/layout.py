@@ -1,0 +1,183 @@
+"""Lays a run out: from a checked model, a plan and servers to what each server and the client must know.
+
+Pure: one server a stage, in the order given. Leaves to others: choosing the servers (`registry.py`), and preparing them
+(`run.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gradwire_coordinator.costs import device_rates, node_seconds, rows_per_micro_batch, travelling_values
+from gradwire_coordinator.graph_index import value_bytes
+from gradwire_coordinator.model_checks import IndexedModel
+from gradwire_coordinator.partition import check_cuts, partition
+from gradwire_coordinator.programs import ProgramBook, choose_schedule, training_programs
+from gradwire_coordinator.registry import Server
+from gradwire_coordinator.segments import Segments, make_segments
+from gradwire_coordinator.timetable import check_programs, draw
+from gradwire_protocol.v1 import coordinator_pb2, graph_pb2, stage_pb2
+
+# In micro-batches: what still fits a log.
+_WIDEST_PICTURE = 32
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A run, laid out. Lists go by stage, and so by server."""
+
+    servers: list[Server]
+    prepare: list[stage_pb2.PrepareRequest]
+    for_client: list[coordinator_pb2.ServerLayout]
+    summary: coordinator_pb2.PlanSummary
+    programs: ProgramBook
+
+    def picture(self) -> str:
+        """Return the schedule of a whole step, drawn with actions of equal length; nothing if it is too wide."""
+        summary = self.summary
+        stages, micro_batches = len(summary.stages), summary.micro_batches
+        if micro_batches > _WIDEST_PICTURE:
+            return ""
+        programs = training_programs(summary.schedule, summary.extra_warm_up, stages, micro_batches)
+        return draw(programs, check_programs(programs, micro_batches, backward=True))
+
+
+def lay_out(
+    run: str,
+    generation: int,
+    request: coordinator_pb2.CreateRunRequest,
+    indexed: IndexedModel,
+    servers: Sequence[Server],
+) -> Layout:
+    """Cut the model for these servers, one stage each, as the plan says; PlanError, ModelError."""
+    plan = request.plan
+    rows = rows_per_micro_batch(plan.expected_rows, plan.micro_batches)
+    rates = device_rates([server.device for server in servers])
+    seconds = node_seconds(indexed.train.graph.nodes, rows, rates)
+    usable = indexed.train.usable_cuts(indexed.mutated)
+    if plan.cuts:
+        cuts = check_cuts(plan.cuts, plan.stages, usable)
+    else:
+        cuts = partition(seconds, travelling_values(indexed.train, rows), usable)
+    segments = make_segments(indexed, cuts, rows, rates[0])
+    schedule, extra_warm_up = choose_schedule(plan.schedule)
+    ends = [0, *cuts, len(indexed.train.graph.nodes)]
+    micro_batches = min(plan.micro_batches, plan.expected_rows)
+    summary = coordinator_pb2.PlanSummary(
+        schedule=schedule,
+        extra_warm_up=extra_warm_up,
+        micro_batches=plan.micro_batches,
+        theoretical_bubble_ratio=(plan.stages - 1) / (plan.micro_batches + plan.stages - 1),
+        stages=[
+            _summarise(
+                indexed,
+                segments,
+                stage,
+                ends,
+                rows,
+                micro_batches,
+                float(seconds[stage, ends[stage] : ends[stage + 1]].sum()),
+            )
+            for stage in range(plan.stages)
+        ],
+    )
+    peers = [
+        stage_pb2.Peer(server=server.server, address=server.address, stages=[stage])
+        for stage, server in enumerate(servers)
+    ]
+    return Layout(
+        servers=list(servers),
+        prepare=[
+            stage_pb2.PrepareRequest(
+                run=run,
+                generation=generation,
+                server=server.server,
+                segments=segments.stages[stage],
+                tensors=_held(segments, stage),
+                peers=peers,
+                stages=plan.stages,
+                optimizer=request.optimizer,
+                loss_form=indexed.model.loss_form,
+                seed=request.seed,
+            )
+            for stage, server in enumerate(servers)
+        ],
+        for_client=[_for_client(server, segments, stage) for stage, server in enumerate(servers)],
+        summary=summary,
+        programs=ProgramBook(
+            schedule=schedule,
+            extra_warm_up=extra_warm_up,
+            stages=plan.stages,
+            tied_stages=segments.tied_stages(),
+            active_stages={kind: frozenset(segments.of_graph(kind)) for kind in segments.cuts},
+        ),
+    )
+
+
+def _held(segments: Segments, stage: int) -> list[stage_pb2.TensorPlacement]:
+    return [placement for placement in segments.placements if stage in placement.holder_stages]
+
+
+def _for_client(server: Server, segments: Segments, stage: int) -> coordinator_pb2.ServerLayout:
+    held = _held(segments, stage)
+    return coordinator_pb2.ServerLayout(
+        server=server.server,
+        address=server.address,
+        stages=[stage],
+        tensors=[placement.spec.name for placement in held],
+        inputs=[
+            coordinator_pb2.InputUse(graph=segment.graph, values=read)
+            for segment in segments.stages[stage]
+            if (read := [incoming.value for incoming in segment.incoming if incoming.from_batch])
+        ],
+        results=[
+            result.value
+            for segment in segments.stages[stage]
+            if segment.graph == graph_pb2.GRAPH_KIND_PREDICT
+            for result in segment.results
+        ],
+        owned_tensors=[
+            placement.spec.name
+            for placement in held
+            if placement.holder_stages[0] == stage and _is_state(placement.spec)
+        ],
+    )
+
+
+def _is_state(spec: graph_pb2.TensorSpec) -> bool:
+    """Whether a tensor is in the user's state dict."""
+    return spec.kind == graph_pb2.TENSOR_KIND_PARAMETER or (
+        spec.kind == graph_pb2.TENSOR_KIND_BUFFER and spec.persistent
+    )
+
+
+def _summarise(
+    indexed: IndexedModel,
+    segments: Segments,
+    stage: int,
+    ends: Sequence[int],
+    rows: int,
+    micro_batches: int,
+    seconds: float,
+) -> coordinator_pb2.StageSummary:
+    segment = segments.of_graph(graph_pb2.GRAPH_KIND_TRAIN)[stage]
+    leaving = sum(
+        value_bytes(indexed.train.spec(outgoing.value), rows) * len(outgoing.consumer_stages)
+        for outgoing in segment.outgoing
+    )
+    return coordinator_pb2.StageSummary(
+        stage=stage,
+        first_node=ends[stage],
+        nodes=len(segment.nodes),
+        first_module=segment.nodes[0].module_path,
+        last_module=segment.nodes[-1].module_path,
+        parameters=sum(
+            math.prod(placement.spec.shape)
+            for placement in _held(segments, stage)
+            if placement.spec.kind == graph_pb2.TENSOR_KIND_PARAMETER
+        ),
+        estimated_seconds=seconds * micro_batches,
+        boundary_bytes=leaving * micro_batches,
+    )

@@ -1,0 +1,148 @@
+"""Checks of what a client sends to create a run: the model's tables, the plan's fields, the optimizer's groups.
+
+Leaves to others: the graphs themselves (`graph_index.py`), and whether servers and cuts suffice (`layout.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gradwire_coordinator.graph_index import MAXIMUM_TENSORS, GraphIndex, index_graph
+from gradwire_coordinator.programs import choose_schedule
+from gradwire_protocol.errors import LimitExceeded, ModelError, OptimizerError, PlanError
+from gradwire_protocol.frames import ELEMENT_BYTES, MAXIMUM_DIMENSIONS, MAXIMUM_VALUE_BYTES
+from gradwire_protocol.v1 import graph_pb2, run_pb2
+
+MAXIMUM_STAGES = 1024
+MAXIMUM_MICRO_BATCHES = 65_536
+MAXIMUM_WINDOW = 16
+_LOSS_OUTPUTS = {graph_pb2.LOSS_FORM_MEAN_OVER_ROWS: 1, graph_pb2.LOSS_FORM_SUM_AND_WEIGHT: 2}
+
+
+@dataclass(frozen=True)
+class IndexedModel:
+    """A model that has passed the checks, with its graphs indexed."""
+
+    model: graph_pb2.Model
+    tensors: dict[str, graph_pb2.TensorSpec]
+    train: GraphIndex
+    evaluate: GraphIndex
+    # None where the model's own output is the loss.
+    predict: GraphIndex | None
+
+    @property
+    def graphs(self) -> dict[graph_pb2.GraphKind, GraphIndex]:
+        """The graphs that there are, by kind, train first."""
+        found = {graph_pb2.GRAPH_KIND_TRAIN: self.train, graph_pb2.GRAPH_KIND_EVALUATE: self.evaluate}
+        if self.predict is not None:
+            found[graph_pb2.GRAPH_KIND_PREDICT] = self.predict
+        return found
+
+    @property
+    def mutated(self) -> frozenset[str]:
+        """Tensors that some graph changes."""
+        return frozenset().union(*(index.mutated for index in self.graphs.values()))
+
+
+def check_model(model: graph_pb2.Model) -> IndexedModel:
+    """Check a model and index its graphs; ModelError or LimitExceeded."""
+    tensors = _check_tensors(model)
+    outputs = _LOSS_OUTPUTS.get(model.loss_form)
+    if outputs is None:
+        raise ModelError("The model does not say what its loss means", expected="a loss form", got=str(model.loss_form))
+    indexed = []
+    for name, kind in (
+        ("train", graph_pb2.GRAPH_KIND_TRAIN),
+        ("evaluate", graph_pb2.GRAPH_KIND_EVALUATE),
+        ("predict", graph_pb2.GRAPH_KIND_PREDICT),
+    ):
+        with_loss = kind != graph_pb2.GRAPH_KIND_PREDICT
+        if not model.HasField(name):
+            if with_loss:
+                raise ModelError(f"The model has no {name} graph", remedy="export it again with this version")
+            continue
+        graph: graph_pb2.Graph = getattr(model, name)
+        if graph.kind != kind:
+            raise ModelError(f"The {name} graph says that it is another kind", got=str(graph.kind))
+        if with_loss and len(graph.outputs) != outputs:
+            raise ModelError(
+                f"The {name} graph has the wrong number of outputs for its loss form",
+                expected=str(outputs),
+                got=str(len(graph.outputs)),
+            )
+        indexed.append(index_graph(graph, name, tensors))
+    return IndexedModel(
+        model=model,
+        tensors=tensors,
+        train=indexed[0],
+        evaluate=indexed[1],
+        predict=indexed[2] if len(indexed) > 2 else None,
+    )
+
+
+def _check_tensors(model: graph_pb2.Model) -> dict[str, graph_pb2.TensorSpec]:
+    if len(model.tensors) > MAXIMUM_TENSORS:
+        raise LimitExceeded(
+            "The model has too many tensors", expected=f"at most {MAXIMUM_TENSORS}", got=str(len(model.tensors))
+        )
+    tensors: dict[str, graph_pb2.TensorSpec] = {}
+    for spec in model.tensors:
+        if not 1 <= len(spec.name.encode()) <= MAXIMUM_VALUE_BYTES or spec.name in tensors:
+            raise ModelError(
+                "The model's table of tensors has a name that is empty, too long, or there twice",
+                expected=f"unique names of 1 to {MAXIMUM_VALUE_BYTES} bytes",
+                got=repr(spec.name[:40]),
+            )
+        if spec.kind == graph_pb2.TENSOR_KIND_UNSPECIFIED or spec.data_type not in ELEMENT_BYTES:
+            raise ModelError(f"Tensor {spec.name} has no known kind or data type")
+        if len(spec.shape) > MAXIMUM_DIMENSIONS or any(size < 0 for size in spec.shape):
+            raise ModelError(
+                f"Tensor {spec.name} has an impossible shape",
+                expected=f"at most {MAXIMUM_DIMENSIONS} sizes, none negative",
+                got=str(list(spec.shape)[:40]),
+            )
+        tensors[spec.name] = spec
+    return tensors
+
+
+def check_plan(plan: run_pb2.Plan) -> None:
+    """Check the fields of a plan that do not depend on the model or the servers; PlanError."""
+    for field, least, most in (
+        ("stages", 1, MAXIMUM_STAGES),
+        ("micro_batches", 1, MAXIMUM_MICRO_BATCHES),
+        ("window", 1, MAXIMUM_WINDOW),
+        ("expected_rows", 1, 2**40),
+    ):
+        value = getattr(plan, field)
+        if not least <= value <= most:
+            raise PlanError(f"The plan's {field} is out of range", expected=f"{least} to {most}", got=str(value))
+    for field in ("replicas", "tensor"):
+        if getattr(plan, field) != 1:
+            raise PlanError(
+                f"This version runs one pipeline without sharded stages, so the plan's {field} must be 1",
+                expected="1",
+                got=str(getattr(plan, field)),
+                remedy=f"use stages to spread the model, and leave {field} at 1",
+            )
+    choose_schedule(plan.schedule)
+
+
+def check_optimizer(optimizer: run_pb2.Optimizer, tensors: dict[str, graph_pb2.TensorSpec]) -> None:
+    """Check that each parameter group names parameters of the model, each at most once; OptimizerError.
+
+    Whether torch has the optimizer and its settings is for the stage servers to say.
+    """
+    if not optimizer.name or not optimizer.groups:
+        raise OptimizerError("The optimizer has no name or no parameter group", got=repr(optimizer.name))
+    seen: set[str] = set()
+    for group in optimizer.groups:
+        for name in group.parameters:
+            if name not in tensors or tensors[name].kind != graph_pb2.TENSOR_KIND_PARAMETER:
+                raise OptimizerError(
+                    "The optimizer updates something that is not a parameter of the model",
+                    got=repr(name),
+                    remedy="make the optimizer over model.parameters() of this very model",
+                )
+            if name in seen:
+                raise OptimizerError(f"Parameter {name} is in the optimizer twice", expected="one group each")
+            seen.add(name)

@@ -1,0 +1,186 @@
+"""Which servers there are: registered, heard of lately, and free or reserved by a run.
+
+Passive and thread-safe; the clock is handed in. Leaves to others: acting on what is lost (`service.py`), and talking to
+servers (`run.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from gradwire_protocol.channels import parse_address
+from gradwire_protocol.errors import LimitExceeded, PlanError, RunNotFound, SettingsError
+from gradwire_protocol.v1 import coordinator_pb2, stage_pb2
+
+MAXIMUM_SERVERS = 4096
+_MAXIMUM_TEXT = 300
+_IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """What is known of one server."""
+
+    server: str
+    role: coordinator_pb2.ServerRole
+    address: str
+    metrics_address: str
+    device: coordinator_pb2.DeviceInfo
+    version: str
+    # By the registry's clock.
+    heard_at: float
+    activity: stage_pb2.Activity = field(default_factory=stage_pb2.Activity)
+    # The run that has reserved it; empty: free.
+    run: str = ""
+
+
+class Registry:
+    """Servers by identifier, in the order of registration."""
+
+    def __init__(
+        self,
+        *,
+        lease_seconds: float = 10.0,
+        heartbeat_seconds: float = 2.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._lease_seconds = lease_seconds
+        self._heartbeat_seconds = heartbeat_seconds
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._servers: dict[str, Server] = {}
+
+    def register(self, request: coordinator_pb2.RegisterRequest) -> tuple[coordinator_pb2.RegisterReply, Server | None]:
+        """Take a server in; return its terms, and the registration that it replaces, if any.
+
+        A server that registers anew has lost its state: the run that held the old one has lost a stage.
+        """
+        _check_registration(request)
+        server = Server(
+            server=request.server,
+            role=request.role,
+            address=request.address,
+            metrics_address=request.metrics_address,
+            device=request.device,
+            version=request.version[:_MAXIMUM_TEXT],
+            heard_at=self._clock(),
+        )
+        with self._lock:
+            replaced = self._servers.pop(server.server, None)
+            if len(self._servers) >= MAXIMUM_SERVERS:
+                raise LimitExceeded("Too many servers", expected=f"at most {MAXIMUM_SERVERS}")
+            self._servers[server.server] = server
+        reply = coordinator_pb2.RegisterReply(
+            lease_seconds=self._lease_seconds, heartbeat_seconds=self._heartbeat_seconds
+        )
+        return reply, replaced
+
+    def heartbeat(self, identifier: str, activity: stage_pb2.Activity) -> None:
+        """Renew a lease; RunNotFound tells a server that it must register again."""
+        with self._lock:
+            server = self._servers.get(identifier)
+            if server is None:
+                raise RunNotFound(
+                    "The server is not registered here",
+                    got=repr(identifier[:64]),
+                    remedy="register again: the coordinator was restarted, or the lease ran out",
+                )
+            self._servers[identifier] = dataclasses.replace(server, heard_at=self._clock(), activity=activity)
+
+    def deregister(self, identifier: str) -> Server | None:
+        """Take a server out; return what was known of it, None if nothing."""
+        with self._lock:
+            return self._servers.pop(identifier, None)
+
+    def forgive(self, seconds: float) -> None:
+        """Lengthen all leases by a time in which no heartbeat could be heard."""
+        with self._lock:
+            now = self._clock()
+            for identifier, server in self._servers.items():
+                heard_at = min(now, server.heard_at + seconds)
+                self._servers[identifier] = dataclasses.replace(server, heard_at=heard_at)
+
+    def expire(self) -> list[Server]:
+        """Take out and return all servers whose lease has run out."""
+        with self._lock:
+            oldest = self._clock() - self._lease_seconds
+            lost = [server for server in self._servers.values() if server.heard_at < oldest]
+            for server in lost:
+                del self._servers[server.server]
+            return lost
+
+    def reserve(self, run: str, count: int) -> list[Server]:
+        """Reserve `count` free stage servers for a run, in the order of registration; PlanError if there are fewer."""
+        with self._lock:
+            stages = [s for s in self._servers.values() if s.role == coordinator_pb2.SERVER_ROLE_STAGE]
+            free = [server for server in stages if not server.run][:count]
+            if len(free) < count:
+                busy = len(stages) - len(free)
+                raise PlanError(
+                    f"The plan has {count} stages, but {len(free)} stage servers are free",
+                    expected=f"{count} free stage servers, one for each stage",
+                    got=f"{len(stages)} registered, {busy} of them busy with other runs",
+                    remedy="start more with gradwire-stage-server, wait for other runs to end, or plan fewer stages",
+                )
+            for server in free:
+                self._servers[server.server] = dataclasses.replace(server, run=run)
+            return [self._servers[server.server] for server in free]
+
+    def release(self, run: str) -> None:
+        """Free all servers of a run."""
+        with self._lock:
+            for identifier, server in self._servers.items():
+                if server.run == run:
+                    self._servers[identifier] = dataclasses.replace(server, run="")
+
+    def servers(self) -> list[Server]:
+        """Return all servers, in the order of registration."""
+        with self._lock:
+            return list(self._servers.values())
+
+    def silent_seconds(self, server: Server) -> float:
+        """Return how long ago a server was heard of."""
+        return max(0.0, self._clock() - server.heard_at)
+
+    def last_known(self, identifier: str) -> str:
+        """Return in words what a server was last known to do."""
+        with self._lock:
+            server = self._servers.get(identifier)
+        if server is None:
+            return "not registered any more"
+        return describe(server.activity, self.silent_seconds(server))
+
+
+def describe(activity: stage_pb2.Activity, silent_seconds: float) -> str:
+    """Return an activity in words: "1.2 s ago: entry 7, action 1F3, waiting for … since 0.4 s"."""
+    if not activity.run:
+        doing = ["idle"]
+    else:
+        doing = [f"entry {activity.entry}"]
+        if activity.action:
+            doing.append(f"action {activity.action[:_MAXIMUM_TEXT]}")
+        if activity.waiting_for:
+            waiting = activity.waiting_for[:_MAXIMUM_TEXT]
+            doing.append(f"waiting for {waiting} since {activity.waiting_seconds:.1f} s")
+    return f"{silent_seconds:.1f} s ago: {', '.join(doing)}"
+
+
+def _check_registration(request: coordinator_pb2.RegisterRequest) -> None:
+    if not _IDENTIFIER.fullmatch(request.server):
+        raise SettingsError(
+            "Not an identifier for a server",
+            expected="1 to 64 letters, digits, dots, colons, hyphens or underscores",
+            got=repr(request.server[:80]),
+        )
+    if request.role not in (coordinator_pb2.SERVER_ROLE_STAGE, coordinator_pb2.SERVER_ROLE_PARAMETER):
+        raise SettingsError(f"Server {request.server} has no role", expected="stage or parameter")
+    for address in filter(None, (request.address or " ", request.metrics_address)):
+        if len(address) > _MAXIMUM_TEXT or parse_address(address)[1] == 0:
+            raise SettingsError(
+                f"Server {request.server} advertises an address that nobody can dial", got=repr(address[:80])
+            )

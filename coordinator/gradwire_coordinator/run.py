@@ -1,0 +1,332 @@
+"""One run: its servers, its open entries, its results, and its one end.
+
+Entries go to all servers at once, up to the window, and never wait for each other: a server starts an entry as soon as
+it has finished the one before. Leaves to others: laying out (`layout.py`), what is valid (`entries.py`), which reports
+are missing (`window.py`), whose fault a failure is (`failures.py`).
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import structlog
+
+from gradwire_coordinator.entries import EntryRules
+from gradwire_coordinator.failures import CauseFinder, Evidence, reported_error
+from gradwire_coordinator.layout import Layout
+from gradwire_coordinator.link import Link
+from gradwire_coordinator.log import RunLog
+from gradwire_coordinator.window import Window
+from gradwire_protocol.errors import Aborted, GradwireError, InternalError, ServerBusy, Unreachable
+from gradwire_protocol.v1 import coordinator_pb2, run_pb2, stage_pb2
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """What a run needs of the service that it is part of."""
+
+    log: RunLog
+    # Opens a channel to HOST:PORT.
+    connect: Callable[[str], Any]
+    # What a server was last known to do, in words.
+    last_known: Callable[[str], str]
+    # Called with a server that does not answer any more.
+    on_lost: Callable[[str], None]
+    # Called with each result, on the thread of a server's reports.
+    on_result: Callable[[Run, run_pb2.Entry, run_pb2.EntryResult], None]
+    # Called once, when all servers have been released.
+    on_finished: Callable[[Run], None]
+
+
+class Run:
+    """A run from its preparation to its end. Thread-safe.
+
+    It ends or fails exactly once; then every server is told to release it, whatever it is doing.
+    """
+
+    def __init__(
+        self,
+        run: str,
+        generation: int,
+        request: coordinator_pb2.CreateRunRequest,
+        layout: Layout,
+        context: RunContext,
+    ) -> None:
+        self.run = run
+        self.generation = generation
+        self.summary = layout.summary
+        self.stage_of = {server.server: stage for stage, server in enumerate(layout.servers)}
+        self.created_at = time.time()
+        self._created_clock = time.monotonic()
+        self._description = request.description[:200]
+        self._programs = layout.programs
+        self._rules = EntryRules(
+            generation=generation,
+            plan=request.plan,
+            parameter_groups=len(request.optimizer.groups),
+            has_predict=request.model.HasField("predict"),
+        )
+        self._context = context
+        self._links = [
+            Link(stage, server.server, server.address, context.connect) for stage, server in enumerate(layout.servers)
+        ]
+        self._lock = threading.Lock()
+        self._window = Window([server.server for server in layout.servers])
+        self._causes = CauseFinder(len(self._links), lambda cause: self.fail(cause.as_error()))
+        self._driven = False
+        self._draining = False
+        self._results: queue.SimpleQueue[run_pb2.EntryResult | GradwireError | None] = queue.SimpleQueue()
+        self._state: coordinator_pb2.RunState = coordinator_pb2.RUN_STATE_PREPARED
+        self._reason = ""
+        self._error: GradwireError | None = None
+        self._ending = False
+        self._finished = threading.Event()
+        self._last_entry = self._finished_entry = self._step = 0
+        self._loss: float | None = None
+
+    def prepare(
+        self, request: coordinator_pb2.CreateRunRequest, for_servers: Sequence[stage_pb2.PrepareRequest]
+    ) -> None:
+        """Begin the log, prepare all servers and open their streams; the first failure ends the run and is raised."""
+        try:
+            self._context.log.create_run(self.run, self.generation, request)
+            self._prepare_servers(for_servers)
+            # Within the lock, so that the end of the run cannot close what is being opened.
+            with self._lock:
+                if self._ending:
+                    raise self._over()
+                for link in self._links:
+                    link.open(self._on_report, self._on_end)
+        except BaseException as error:
+            self.fail(error)
+            # What ended the run first is the cause: breaking off the preparation may be its consequence.
+            if self._error is not None and self._error is not error:
+                raise self._error from error
+            raise
+
+    def _prepare_servers(self, requests: Sequence[stage_pb2.PrepareRequest]) -> None:
+        with ThreadPoolExecutor(len(self._links), thread_name_prefix="prepare") as pool:
+            calls = [pool.submit(link.prepare, request) for link, request in zip(self._links, requests, strict=True)]
+            ends = [(link, call.exception()) for link, call in zip(self._links, calls, strict=True)]
+        for link, error in ends:
+            if isinstance(error, Unreachable):
+                self._context.on_lost(link.server)
+        for link, error in ends:
+            if error is None:
+                continue
+            if isinstance(error, GradwireError):
+                error = type(error)(
+                    f"Cannot prepare {link.target}: {error.message}",
+                    expected=error.expected,
+                    got=error.got,
+                    remedy=error.remedy,
+                )
+            raise error
+
+    # What the client does.
+
+    def attach(self) -> None:
+        """Take the one Drive stream of this run; ServerBusy if it has had one, the run's end if it is over."""
+        with self._lock:
+            if self._ending:
+                raise self._over()
+            if self._driven:
+                raise ServerBusy(
+                    f"Run {self.run} is driven by another stream already", remedy="drive a run from one client only"
+                )
+            self._driven = True
+
+    def submit(self, entry: run_pb2.Entry) -> None:
+        """Check the client's next entry, log it, and send it to all servers; a typed error if it is not valid."""
+        with self._lock:
+            if self._ending:
+                raise self._over()
+            self._rules.check(entry, len(self._window))
+            programs = self._programs.of_entry(entry)
+            self._context.log.append(self.run, entry)
+            self._window.add(entry, time.monotonic())
+            self._last_entry = entry.number
+            self._state = coordinator_pb2.RUN_STATE_ACTIVE
+            for link, program in zip(self._links, programs, strict=True):
+                link.send(stage_pb2.ExecuteRequest(run=self.run, entry=entry, program=program))
+
+    def results(self) -> Iterator[run_pb2.EntryResult]:
+        """Yield results in the order of entries until the run ends; raise its failure."""
+        while (item := self._results.get()) is not None:
+            if isinstance(item, GradwireError):
+                raise item
+            yield item
+
+    def drain(self) -> None:
+        """The client sends no more: end when the open entries are finished."""
+        with self._lock:
+            self._draining = True
+            if self._window:
+                return
+        self._finish(coordinator_pb2.RUN_STATE_ENDED, None)
+
+    def end(self, reason: str) -> None:
+        """End the run, whatever is open; a client that still drives it gets Aborted with the reason.
+
+        Returns when its servers are free. Idempotent.
+        """
+        self._finish(coordinator_pb2.RUN_STATE_ENDED, Aborted(f"Run {self.run} was ended: {reason}"))
+
+    def fail(self, error: BaseException) -> None:
+        """Fail the run with an error that no server is to blame for. Returns when its servers are free. Idempotent."""
+        self._finish(coordinator_pb2.RUN_STATE_FAILED, _own(error))
+
+    # What the servers do.
+
+    def server_lost(self, server: str, seen: str, last_known: str) -> None:
+        """Take note that the registry has lost one of the servers."""
+        link = self._links[self.stage_of[server]]
+        self._causes.add(self._evidence_of(link, last_known=last_known, seen=seen))
+
+    def _on_report(self, link: Link, report: run_pb2.EntryReport) -> None:
+        with self._lock:
+            if self._ending:
+                return
+            finished = self._window.report(link.stage, report, time.monotonic())
+            if finished is None:
+                return
+            entry, result = finished
+            self._context.log.record_result(self.run, result)
+            self._finished_entry = result.entry
+            if entry.HasField("train_step"):
+                self._step, self._loss = entry.train_step.step, result.loss
+            self._context.on_result(self, entry, result)
+            self._results.put(result)
+            last = self._draining and not self._window
+        if last:
+            self._finish(coordinator_pb2.RUN_STATE_ENDED, None)
+
+    def _on_end(self, link: Link, failure: Exception | None) -> None:
+        if self._ending:
+            return
+        if isinstance(failure, grpc.RpcError):
+            reported = reported_error(failure, link.target)
+            seen = "its stream broke"
+            if reported is None and isinstance(failure, grpc.Call):
+                seen = f"its stream broke with {failure.code().name}: {failure.details()}"
+            evidence = self._evidence_of(link, reported=reported, seen=seen)
+            if reported is None:
+                self._context.on_lost(link.server)
+            self._causes.add(evidence)
+        elif failure is None:
+            self._causes.add(self._evidence_of(link, seen="it closed its stream"))
+        elif isinstance(failure, GradwireError):
+            self._causes.add(self._evidence_of(link, reported=failure))
+        else:
+            self.fail(failure)
+
+    def _evidence_of(
+        self, link: Link, *, reported: GradwireError | None = None, seen: str = "", last_known: str = ""
+    ) -> Evidence:
+        with self._lock:
+            owed = self._window.owed_by(link.stage)
+            moment = f"during entry {owed.number}" if owed else "between entries"
+        return Evidence(
+            stage=link.stage,
+            server=link.server,
+            address=link.address,
+            moment=moment,
+            last_known=last_known or self._context.last_known(link.server),
+            reported=reported,
+            seen=seen,
+        )
+
+    # The end.
+
+    def _finish(self, state: coordinator_pb2.RunState, error: GradwireError | None) -> None:
+        """End the run once; `error` is what its client gets, None if it has closed the run itself."""
+        with self._lock:
+            first, self._ending = not self._ending, True
+            if first:
+                self._state, self._error = state, error
+                self._reason = str(error) if error else "its client closed it"
+                self._causes.close()
+        if not first:
+            self._finished.wait()
+            return
+        try:
+            self._release()
+            self._context.log.finish_run(self.run, state, self._reason)
+        finally:
+            self._context.on_finished(self)
+            self._results.put(error)
+            self._finished.set()
+        _log.info("run ended", run=self.run, state=coordinator_pb2.RunState.Name(state), reason=self._reason)
+
+    def _release(self) -> None:
+        def release(link: Link) -> None:
+            error = link.release(self.run, self.generation, self._reason)
+            if error is not None:
+                _log.warning("server not released", run=self.run, server=link.server, error=str(error))
+            link.close()
+
+        with ThreadPoolExecutor(len(self._links), thread_name_prefix="release") as pool:
+            list(pool.map(release, self._links))
+
+    def join(self) -> None:
+        """Wait for this run's threads, after its end."""
+        self._finished.wait()
+        for link in self._links:
+            link.join()
+
+    def _over(self) -> GradwireError:
+        if self._error is not None:
+            return self._error
+        return Aborted(f"Run {self.run} is over", got=self._reason, remedy="create a new run")
+
+    # What others may know.
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has ended or failed and its servers are free."""
+        return self._finished.is_set()
+
+    @property
+    def state(self) -> coordinator_pb2.RunState:
+        """The run's state; it is ended or failed as soon as it begins to end."""
+        return self._state
+
+    def undriven_seconds(self) -> float:
+        """Return for how long the run has waited for its client; 0 once it has one."""
+        with self._lock:
+            return 0.0 if self._driven or self._ending else time.monotonic() - self._created_clock
+
+    def status(self) -> coordinator_pb2.RunStatus:
+        """Return what displays show."""
+        with self._lock:
+            return coordinator_pb2.RunStatus(
+                run=self.run,
+                state=self._state,
+                generation=self.generation,
+                description=self._description,
+                last_entry=self._last_entry,
+                finished_entry=self._finished_entry,
+                step=self._step,
+                loss=self._loss,
+                reason=self._reason,
+                plan=self.summary,
+                created_at=self.created_at,
+            )
+
+
+def _own(error: BaseException) -> GradwireError:
+    """Return an error of our own kind for whatever went wrong."""
+    if isinstance(error, GradwireError):
+        return error
+    _log.error("unforeseen error in a run", exc_info=error)
+    message = f"The coordinator failed: {type(error).__name__}: {error}"
+    return InternalError(message, remedy="see its log; please report it")

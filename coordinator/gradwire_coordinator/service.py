@@ -1,0 +1,289 @@
+"""The coordinator's RPCs: what comes over the wire is checked here, and passed to the registry and the runs.
+
+Leaves to others: the server around it (`gradwire_protocol.serving`), planning (`layout.py`), a run's life (`run.py`).
+"""
+
+# ruff: noqa: N802  # gRPC gives the methods their names
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import grpc
+import structlog
+
+from gradwire_coordinator.layout import Layout, lay_out
+from gradwire_coordinator.log import RunLog
+from gradwire_coordinator.metrics import Metrics
+from gradwire_coordinator.model_checks import IndexedModel, check_model, check_optimizer, check_plan
+from gradwire_coordinator.partition import check_stage_count
+from gradwire_coordinator.registry import Registry, Server, describe
+from gradwire_coordinator.run import Run, RunContext
+from gradwire_protocol.errors import FrameError, PlanError, RunNotFound, Unreachable
+from gradwire_protocol.v1 import coordinator_pb2 as pb
+from gradwire_protocol.v1 import coordinator_pb2_grpc, run_pb2
+
+_log = structlog.get_logger(__name__)
+
+SWEEP_SECONDS = 1.0
+UNDRIVEN_SECONDS = 60.0
+# Of runs that are over, so many are shown.
+KEPT_RUNS = 50
+_FIRST_GENERATION = 1
+_LATE_SECONDS = 1.0
+# Of creating a run, where servers turn out not to answer.
+_ATTEMPTS = 3
+
+
+class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
+    """The service. `close()` ends all runs; the log, the registry and the metrics are the caller's."""
+
+    def __init__(
+        self,
+        *,
+        log: RunLog,
+        registry: Registry,
+        metrics: Metrics,
+        connect: Callable[[str], Any],
+        version: str,
+        undriven_seconds: float = UNDRIVEN_SECONDS,
+        sweep_seconds: float = SWEEP_SECONDS,
+    ) -> None:
+        self._registry = registry
+        self._metrics = metrics
+        self._version = version
+        self._undriven_seconds = undriven_seconds
+        self._sweep_seconds = sweep_seconds
+        self._context = RunContext(
+            log=log,
+            connect=connect,
+            last_known=registry.last_known,
+            on_lost=self._on_lost,
+            on_result=self._on_result,
+            on_finished=self._on_finished,
+        )
+        self._lock = threading.Lock()
+        # In the order of creation.
+        self._runs: dict[str, Run] = {}
+        self._closed = threading.Event()
+        for run in log.fail_unfinished("the coordinator was stopped"):
+            _log.warning("run left open by an earlier coordinator", run=run)
+        self._sweeper = threading.Thread(target=self._sweep, name="sweeper", daemon=True)
+        self._sweeper.start()
+
+    def close(self) -> None:
+        """End all runs and free their servers. Idempotent."""
+        self._closed.set()
+        with self._lock:
+            runs = list(self._runs.values())
+        for run in runs:
+            run.end("the coordinator stopped")
+        for run in runs:
+            run.join()
+        self._sweeper.join()
+
+    # Servers.
+
+    def Register(self, request: pb.RegisterRequest, context: Any) -> pb.RegisterReply:
+        reply, replaced = self._registry.register(request)
+        _log.info("server registered", server=request.server, address=request.address)
+        if replaced is not None:
+            self._lost(replaced, "it registered again, so its process was restarted")
+        self._count_servers()
+        return reply
+
+    def Heartbeat(self, request: pb.HeartbeatRequest, context: Any) -> pb.HeartbeatReply:
+        self._registry.heartbeat(request.server, request.activity)
+        return pb.HeartbeatReply()
+
+    def Deregister(self, request: pb.DeregisterRequest, context: Any) -> pb.DeregisterReply:
+        server = self._registry.deregister(request.server)
+        if server is not None:
+            _log.info("server left", server=server.server)
+            self._lost(server, "it was stopped")
+        self._count_servers()
+        return pb.DeregisterReply()
+
+    # Runs.
+
+    def CreateRun(self, request: pb.CreateRunRequest, context: Any) -> pb.CreateRunReply:
+        check_plan(request.plan)
+        indexed = check_model(request.model)
+        check_optimizer(request.optimizer, indexed.tensors)
+        check_stage_count(request.plan.stages, indexed.train.usable_cuts(indexed.mutated))
+        run, layout = self._create_run(request, indexed, context)
+        if self._closed.is_set() or not context.is_active():
+            run.end("its client went away while it was prepared")
+        self._count_runs()
+        _log.info("run prepared", run=run.run, servers=list(run.stage_of), schedule=layout.picture())
+        return pb.CreateRunReply(run=run.run, generation=run.generation, servers=layout.for_client, plan=layout.summary)
+
+    def _create_run(self, request: pb.CreateRunRequest, indexed: IndexedModel, context: Any) -> tuple[Run, Layout]:
+        """Create a run, with other servers if some do not answer and there are others."""
+        attempt = 1
+        silent: Unreachable | None = None
+        while True:
+            try:
+                return self._try_create_run(request, indexed)
+            except Unreachable as error:
+                _log.warning("server did not answer", error=str(error))
+                if attempt == _ATTEMPTS or not context.is_active():
+                    raise
+                attempt, silent = attempt + 1, error
+            except PlanError as error:
+                if silent is None:
+                    raise
+                # Too few are left because some do not answer.
+                raise silent from error
+
+    def _try_create_run(self, request: pb.CreateRunRequest, indexed: IndexedModel) -> tuple[Run, Layout]:
+        name = f"run-{uuid.uuid4().hex[:12]}"
+        servers = self._registry.reserve(name, request.plan.stages)
+        try:
+            layout = lay_out(name, _FIRST_GENERATION, request, indexed, servers)
+            run = Run(name, _FIRST_GENERATION, request, layout, self._context)
+        except BaseException:
+            self._registry.release(name)
+            raise
+        with self._lock:
+            self._runs[name] = run
+        run.prepare(request, layout.prepare)
+        return run, layout
+
+    def Drive(self, requests: Iterator[pb.DriveRequest], context: Any) -> Iterator[pb.DriveReply]:
+        first = next(requests, None)
+        if first is None:
+            return
+        run = self._run(first.run)
+        run.attach()
+
+        def gone() -> None:
+            # Called on gRPC's own thread, which must not wait.
+            if not run.is_over:
+                _in_background(partial(run.end, "its client went away"))
+
+        if not context.add_callback(gone):
+            gone()
+        _in_background(partial(_follow, run, itertools.chain([first], requests), context))
+        for result in run.results():
+            yield pb.DriveReply(result=result)
+
+    def EndRun(self, request: pb.EndRunRequest, context: Any) -> pb.EndRunReply:
+        self._run(request.run).end("it was ended on request")
+        return pb.EndRunReply()
+
+    def GetStatus(self, request: pb.GetStatusRequest, context: Any) -> pb.GetStatusReply:
+        with self._lock:
+            runs = list(self._runs.values())
+        return pb.GetStatusReply(
+            version=self._version,
+            servers=[
+                pb.ServerStatus(
+                    server=server.server,
+                    role=server.role,
+                    address=server.address,
+                    metrics_address=server.metrics_address,
+                    device=server.device,
+                    version=server.version,
+                    silent_seconds=self._registry.silent_seconds(server),
+                    activity=server.activity,
+                )
+                for server in self._registry.servers()
+            ],
+            runs=[run.status() for run in reversed(runs)][:KEPT_RUNS],
+        )
+
+    def _run(self, name: str) -> Run:
+        with self._lock:
+            run = self._runs.get(name)
+        if run is None:
+            raise RunNotFound("There is no such run", got=repr(name[:80]), remedy="create a run first")
+        return run
+
+    # What happens by itself.
+
+    def _sweep(self) -> None:
+        """Once a second, take out servers whose lease has run out, and end runs that nobody drives."""
+        swept_at = time.monotonic()
+        while not self._closed.wait(self._sweep_seconds):
+            late_seconds = time.monotonic() - swept_at - self._sweep_seconds
+            swept_at = time.monotonic()
+            if late_seconds > _LATE_SECONDS:
+                # This process was stopped, and could not hear heartbeats either.
+                self._registry.forgive(late_seconds)
+            for server in self._registry.expire():
+                silent = self._registry.silent_seconds(server)
+                _log.warning("server lost", server=server.server, silent_seconds=round(silent, 1))
+                self._lost(server, f"no heartbeat for {silent:.1f} s")
+            with self._lock:
+                runs = list(self._runs.values())
+            for run in runs:
+                if run.undriven_seconds() > self._undriven_seconds:
+                    _in_background(partial(run.end, f"no client drove it for {self._undriven_seconds:.0f} s"))
+            self._count_servers()
+
+    def _lost(self, server: Server, seen: str) -> None:
+        with self._lock:
+            run = self._runs.get(server.run)
+        if run is not None:
+            last_known = describe(server.activity, self._registry.silent_seconds(server))
+            _in_background(partial(run.server_lost, server.server, seen, last_known))
+
+    def _on_lost(self, server: str) -> None:
+        """Take out a server that does not answer; if it lives after all, its next heartbeat makes it register again."""
+        if self._registry.deregister(server) is not None:
+            _log.warning("server lost", server=server)
+        self._count_servers()
+
+    def _on_result(self, run: Run, entry: run_pb2.Entry, result: run_pb2.EntryResult) -> None:
+        if entry.HasField("train_step"):
+            self._metrics.step_finished(run.run, run.stage_of, result)
+        if entry.number == 1:
+            self._count_runs()
+
+    def _on_finished(self, run: Run) -> None:
+        self._registry.release(run.run)
+        with self._lock:
+            over = [name for name, known in self._runs.items() if known.is_over]
+            for name in over[: max(0, len(over) - KEPT_RUNS)]:
+                del self._runs[name]
+        self._count_runs()
+
+    def _count_servers(self) -> None:
+        self._metrics.count_servers(server.role for server in self._registry.servers())
+
+    def _count_runs(self) -> None:
+        with self._lock:
+            states = [run.state for run in self._runs.values()]
+        self._metrics.count_runs(states)
+
+
+def _follow(run: Run, requests: Iterator[pb.DriveRequest], context: Any) -> None:
+    """Submit a client's entries until its stream ends; then the run ends too."""
+    try:
+        for request in requests:
+            if request.run != run.run:
+                raise FrameError(
+                    "All messages of a stream name the same run", expected=run.run, got=repr(request.run[:80])
+                )
+            run.submit(request.entry)
+    except grpc.RpcError:
+        run.end("its client's stream broke")
+    except Exception as error:  # noqa: BLE001  # whatever it is, the client gets it as the end of its stream
+        run.fail(error)
+    else:
+        # gRPC ends the requests of a broken stream, too.
+        if context.is_active():
+            run.drain()
+        else:
+            run.end("its client went away")
+
+
+def _in_background(work: Callable[[], None]) -> None:
+    threading.Thread(target=work, daemon=True).start()

@@ -1,0 +1,120 @@
+"""The open entries of a run: whose report is missing, and how the reports of an entry become its result.
+
+No threads, no sockets; the time is handed in. Leaves to others: dispatch (`run.py`), and what entries are valid
+(`entries.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from gradwire_protocol.errors import FrameError
+from gradwire_protocol.v1 import run_pb2
+
+
+@dataclass
+class _Open:
+    """An entry that some server has not finished."""
+
+    entry: run_pb2.Entry
+    dispatched_at: float
+    # When the first server can have started it.
+    started_at: float = math.inf
+    # By stage.
+    reports: dict[int, run_pb2.EntryReport] = field(default_factory=dict)
+
+
+class Window:
+    """The entries that were dispatched and are not finished, oldest first."""
+
+    def __init__(self, servers: Sequence[str]) -> None:
+        """`servers`: the identifiers of the run's servers, by stage."""
+        self._servers = list(servers)
+        self._open: deque[_Open] = deque()
+        # When each server finished its last entry, by stage.
+        self._idle_since = [-math.inf] * len(servers)
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def add(self, entry: run_pb2.Entry, now: float) -> None:
+        """Take in an entry that goes to all servers now."""
+        self._open.append(_Open(entry, now))
+
+    def owed_by(self, stage: int) -> run_pb2.Entry | None:
+        """Return the oldest entry that a stage's server has not reported; None if it owes nothing."""
+        return next((item.entry for item in self._open if stage not in item.reports), None)
+
+    def report(
+        self, stage: int, report: run_pb2.EntryReport, now: float
+    ) -> tuple[run_pb2.Entry, run_pb2.EntryResult] | None:
+        """Take in a server's report; return the oldest entry with its result if that is complete now.
+
+        FrameError if it is not the report that the server owes.
+        """
+        owed = next((item for item in self._open if stage not in item.reports), None)
+        if owed is None:
+            raise FrameError("A server reported an entry that it was not sent", got=f"entry {report.entry}")
+        _check(report, owed.entry, last_stage=stage == len(self._servers) - 1)
+        owed.reports[stage] = report
+        owed.started_at = min(owed.started_at, max(owed.dispatched_at, self._idle_since[stage]))
+        self._idle_since[stage] = now
+        if len(owed.reports) < len(self._servers):
+            return None
+        # Every server reports in order, so the entry that is complete first is the oldest.
+        self._open.popleft()
+        reports = [(server, owed.reports[stage]) for stage, server in enumerate(self._servers)]
+        return owed.entry, merge_reports(owed.entry, reports, now - owed.started_at)
+
+
+def merge_reports(
+    entry: run_pb2.Entry, reports: Sequence[tuple[str, run_pb2.EntryReport]], seconds: float
+) -> run_pb2.EntryResult:
+    """Return the result of an entry from (server, report) of all servers, by stage.
+
+    The loss is the sum of the parts' sums, divided once by the sum of their weights, in micro-batch order; NaN where
+    the weights add up to nothing, as torch has it for a batch that is masked out.
+    """
+    result = run_pb2.EntryResult(
+        entry=entry.number,
+        seconds=seconds,
+        weight_version=min(report.weight_version for _, report in reports),
+        timings={server: report.timing for server, report in reports},
+    )
+    parts = sorted((part for _, report in reports for part in report.losses), key=lambda part: part.micro_batch)
+    if parts:
+        result.weight = sum(part.weight for part in parts)
+        result.loss = sum(part.sum for part in parts) / result.weight if result.weight else math.nan
+    first = reports[0][1]
+    if first.HasField("gradient_norm"):
+        result.gradient_norm = first.gradient_norm
+    return result
+
+
+def _expected_losses(entry: run_pb2.Entry) -> int:
+    """Return how many losses the last stage reports for an entry."""
+    kind = entry.WhichOneof("kind")
+    if kind == "train_step":
+        return len(entry.train_step.micro_batches)
+    return len(entry.evaluate.micro_batches) if kind == "evaluate" else 0
+
+
+def _check(report: run_pb2.EntryReport, entry: run_pb2.Entry, *, last_stage: bool) -> None:
+    """FrameError unless a report is the one that its server owes for this entry."""
+    if (report.entry, report.generation) != (entry.number, entry.generation):
+        raise FrameError(
+            "A server reported out of order",
+            expected=f"entry {entry.number} of generation {entry.generation}",
+            got=f"entry {report.entry} of generation {report.generation}",
+        )
+    parts = sorted(part.micro_batch for part in report.losses)
+    wanted = list(range(_expected_losses(entry))) if last_stage else []
+    if parts != wanted:
+        raise FrameError(
+            f"A server reported the wrong losses for entry {entry.number}",
+            expected=f"one each for {len(wanted)} micro-batches",
+            got=f"micro-batches {parts[:20]}",
+        )

@@ -1,0 +1,553 @@
+"""Runs through a real coordinator: creation, entries in order, results, and every way in which a run ends."""
+
+from __future__ import annotations
+
+import threading
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from coordinator_cluster import Cluster, Driver, StageServer, cluster, run_request, split, wait_until
+
+from gradwire_protocol.errors import (
+    Aborted,
+    FrameError,
+    GradwireError,
+    LimitExceeded,
+    ModelError,
+    OptimizerError,
+    PlanError,
+    RunNotFound,
+    ServerBusy,
+    SettingsError,
+    StageFailed,
+    StaleGeneration,
+    Unreachable,
+    from_rpc_error,
+)
+from gradwire_protocol.v1 import coordinator_pb2, graph_pb2, run_pb2, stage_pb2
+
+
+def refused(call: Any, *arguments: Any) -> GradwireError:
+    """Return the typed error of a call that must fail."""
+    with pytest.raises(grpc.RpcError) as caught:
+        call(*arguments)
+    return from_rpc_error(caught.value)
+
+
+def create(made: Cluster, *arguments: Any, **changes: Any) -> coordinator_pb2.CreateRunReply:
+    return made.stub.CreateRun(run_request(*arguments, **changes))
+
+
+def driven(made: Cluster, *arguments: Any, **changes: Any) -> Driver:
+    """Create a run and load its state."""
+    driver = Driver(made, create(made, *arguments, **changes))
+    driver.send()
+    assert driver.result().entry == 1
+    return driver
+
+
+def run_state(made: Cluster) -> int:
+    return made.status().runs[0].state
+
+
+def free(made: Cluster) -> bool:
+    return all(stage.prepared is None for stage in made.stages)
+
+
+def test_a_run_is_laid_out_prepared_and_described(tmp_path: Path) -> None:
+    with cluster(tmp_path, stages=3) as made:
+        reply = create(made, 3)
+        assert [list(server.stages) for server in reply.servers] == [[0], [1], [2]]
+        assert [server.address for server in reply.servers] == [stage.address for stage in made.stages]
+        assert [list(server.tensors) for server in reply.servers] == [["W0", "W1"], ["W2", "W3"], ["W0", "W4"]]
+        assert [list(server.owned_tensors) for server in reply.servers] == [["W0", "W1"], ["W2", "W3"], ["W4"]]
+        uses = [[(use.graph, list(use.values)) for use in server.inputs] for server in reply.servers]
+        assert uses == [[(kind, ["x"]) for kind in (1, 2, 3)], [], []]
+        assert [list(server.results) for server in reply.servers] == [[], [], ["n5"]]
+        assert reply.plan.theoretical_bubble_ratio == pytest.approx(2 / 6)
+        assert [(s.first_node, s.nodes, s.boundary_bytes) for s in reply.plan.stages] == [
+            (0, 2, 2 * 4 * 4 * 4),
+            (2, 2, 2 * 4 * 4 * 4),
+            (4, 2, 0),
+        ]
+        for stage in made.stages:
+            request = stage.prepared
+            assert request is not None
+            assert request.server == stage.name
+            assert [peer.server for peer in request.peers] == ["stage-0", "stage-1", "stage-2"]
+            assert (request.stages, request.seed, request.optimizer.name) == (3, 7, "SGD")
+            assert [segment.graph for segment in request.segments] == [1, 2, 3]
+        assert run_state(made) == coordinator_pb2.RUN_STATE_PREPARED
+
+
+def test_entries_run_in_order_and_reports_become_results(tmp_path: Path) -> None:
+    with cluster(tmp_path, stages=2) as made:
+        driver = driven(made, 2)
+        driver.send_step()
+        driver.send_step(max_gradient_norm=1.0)
+        first, second = driver.result(), driver.result()
+        assert (first.entry, second.entry) == (2, 3)
+        # Parts (1, 2, 3, 4), weighted by rows.
+        assert first.loss == pytest.approx(2.5)
+        assert first.weight == 8
+        assert (first.weight_version, second.weight_version) == (1, 2)
+        assert set(first.timings) == {"stage-0", "stage-1"}
+        assert 0 < first.seconds < 5
+        driver.send(evaluate=run_pb2.Evaluate(micro_batches=split((3, 1))))
+        assert driver.result().loss == pytest.approx((1 * 3 + 2 * 1) / 4)
+        driver.send(predict=run_pb2.Predict(micro_batches=split((1,))))
+        assert not driver.result().HasField("loss")
+        driver.send(fetch_state=run_pb2.FetchState())
+        driver.result()
+        assert made.stages[0].programs == [
+            (1, ""),
+            (2, "0F0 0F1 0B0 0F2 0B1 0F3 0B2 0B3 REDUCE UPDATE"),
+            (3, "0F0 0F1 0B0 0F2 0B1 0F3 0B2 0B3 REDUCE NORM UPDATE"),
+            (4, "0F0 0F1"),
+            (5, "0F0"),
+            (6, ""),
+        ]
+        assert made.stages[1].programs[1] == (2, "1F0 1B0 1F1 1B1 1F2 1B2 1F3 1B3 REDUCE UPDATE")
+        status = made.status().runs[0]
+        assert (status.state, status.step, status.last_entry) == (coordinator_pb2.RUN_STATE_ACTIVE, 2, 6)
+        assert status.loss == pytest.approx(2.5)
+        driver.done()
+        assert list(driver.call) == []
+        assert free(made)
+        assert run_state(made) == coordinator_pb2.RUN_STATE_ENDED
+        assert [entry.number for entry in made.log.entries(status.run)] == [1, 2, 3, 4, 5, 6]
+        assert [result.entry for result in made.log.results(status.run)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_servers_do_not_wait_for_each_other_within_the_window(tmp_path: Path) -> None:
+    with cluster(tmp_path, stages=2) as made:
+        driver = driven(made, 2)
+        made.stages[1].go.clear()
+        driver.send_step()
+        driver.send_step()
+        # Server 0 has both entries, and has finished the first, while server 1 has finished none.
+        wait_until(lambda: [number for number, _ in made.stages[0].programs] == [1, 2, 3])
+        assert [number for number, _ in made.stages[1].programs] == [1, 2]
+        made.stages[1].go.set()
+        assert [driver.result().entry, driver.result().entry] == [2, 3]
+
+
+def test_the_window_is_a_limit(tmp_path: Path) -> None:
+    with cluster(tmp_path, stages=2) as made:
+        driver = driven(made, 2)
+        made.stages[1].go.clear()
+        for _ in range(3):
+            driver.send_step()
+        error = refused(list, driver.call)
+        assert isinstance(error, LimitExceeded)
+        assert "at most 2 open" in error.expected
+        assert free(made)
+
+
+def test_a_client_that_closes_gets_its_open_results_first(tmp_path: Path) -> None:
+    with cluster(tmp_path, stages=2) as made:
+        driver = driven(made, 2)
+        made.stages[1].delay_seconds = 0.2
+        driver.send_step()
+        driver.done()
+        assert [reply.result.entry for reply in driver.call] == [2]
+        assert free(made)
+
+
+@pytest.mark.parametrize(
+    ("bad", "kind", "part"),
+    [
+        ({"number": 9}, FrameError, "expected entry 2"),
+        ({"number": 1}, FrameError, "entry 2"),
+        ({"generation": 7}, StaleGeneration, "generation 1"),
+        ({"train_step": run_pb2.TrainStep(step=1)}, FrameError, "1 to 4"),
+        ({"evaluate": run_pb2.Evaluate(micro_batches=split((1,) * 5))}, FrameError, "got 5"),
+        ({"evaluate": run_pb2.Evaluate(micro_batches=split((2, 0)))}, FrameError, "at least 1 row"),
+        ({"evaluate": run_pb2.Evaluate(micro_batches=[run_pb2.MicroBatch(first_row=3, rows=1)])}, FrameError, "row 0"),
+        ({"evaluate": run_pb2.Evaluate(micro_batches=[run_pb2.MicroBatch(rows=1, replica=1)])}, FrameError, "replica"),
+        ({"train_step": run_pb2.TrainStep(step=1, micro_batches=split((1,)))}, OptimizerError, "1 parameter groups"),
+        ({"train_step": run_pb2.TrainStep(step=0, micro_batches=split((1,)))}, FrameError, "step 1"),
+    ],
+)
+def test_entries_that_are_not_valid_end_the_run(tmp_path: Path, bad: dict[str, Any], kind: type, part: str) -> None:
+    with cluster(tmp_path, stages=1) as made:
+        driver = driven(made, 1)
+        driver.send(**({"fetch_state": run_pb2.FetchState()} if len(bad) == 1 and "number" in bad else {}) | bad)
+        error = refused(driver.result)
+        assert isinstance(error, kind)
+        assert part.lower().replace("expected ", "").replace("got ", "") in str(error).lower()
+        assert run_state(made) == coordinator_pb2.RUN_STATE_FAILED
+        assert free(made)
+
+
+def test_steps_are_numbered_without_gaps_but_may_begin_later(tmp_path: Path) -> None:
+    with cluster(tmp_path, stages=1) as made:
+        driver = driven(made, 1)
+        driver.step = 100  # as when a run goes on from a checkpoint
+        driver.send_step()
+        driver.result()
+        driver.step = 110
+        driver.send_step()
+        assert "step 102" in str(refused(driver.result))
+
+
+def test_fewer_servers_than_stages(tmp_path: Path) -> None:
+    with cluster(tmp_path, stages=2) as made:
+        error = refused(made.stub.CreateRun, run_request(3))
+        assert isinstance(error, PlanError)
+        assert "3 stages" in error.message
+        assert "2 stage servers are free" in error.message
+        assert "gradwire-stage-server" in error.remedy
+        create(made, 2)  # none was kept
+        error = refused(made.stub.CreateRun, run_request(1))
+        assert "0 stage servers are free" in error.message
+        assert "2 of them busy" in error.got
+
+
+def test_more_stages_than_the_model_can_be_cut_into(tmp_path: Path) -> None:
+    with cluster(tmp_path, stages=1) as made:
+        error = refused(made.stub.CreateRun, run_request(9, nodes=4))
+        assert isinstance(error, PlanError)
+        assert "at most 4 stages" in error.expected
+        assert error.got == "9 stages"
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        ({"replicas": 2}, PlanError),
+        ({"tensor": 2}, PlanError),
+        ({"stages": 0}, PlanError),
+        ({"micro_batches": 0}, PlanError),
+        ({"window": 99}, PlanError),
+        ({"expected_rows": 0}, PlanError),
+        ({"schedule": "zigzag"}, PlanError),
+        ({"cuts": [9]}, PlanError),
+    ],
+)
+def test_plans_that_cannot_be_are_refused(tmp_path: Path, change: dict[str, Any], kind: type) -> None:
+    with cluster(tmp_path, stages=2) as made:
+        assert isinstance(refused(made.stub.CreateRun, run_request(**{"stages": 2, **change})), kind)
+        create(made, 2)  # the servers are free
+
+
+@pytest.mark.parametrize(("extra", "part"), [("stranger", "not a parameter"), ("W0", "twice")])
+def test_an_optimizer_that_does_not_fit_the_model_is_refused(tmp_path: Path, extra: str, part: str) -> None:
+    with cluster(tmp_path, stages=1) as made:
+        request = run_request(1)
+        request.optimizer.groups.add(parameters=[extra])
+        error = refused(made.stub.CreateRun, request)
+        assert isinstance(error, OptimizerError)
+        assert part in error.message
+
+
+def test_the_users_cuts_are_used(tmp_path: Path) -> None:
+    with cluster(tmp_path, stages=2) as made:
+        assert [stage.nodes for stage in create(made, 2, cuts=[1]).plan.stages] == [1, 5]
+
+
+def test_a_server_that_cannot_prepare_is_named_and_the_others_are_freed(tmp_path: Path) -> None:
+    with cluster(tmp_path, stages=2) as made:
+        made.stages[1].failure = ModelError("operator aten.magic is not allowed", remedy="use another")
+        error = refused(made.stub.CreateRun, run_request(2))
+        assert isinstance(error, ModelError)
+        assert "stage 1 (server stage-1" in error.message
+        assert "aten.magic" in error.message
+        assert error.remedy == "use another"
+        assert free(made)
+        made.stages[1].failure = None
+        create(made, 2)
+
+
+def test_a_server_that_vanishes_mid_entry_is_named(tmp_path: Path) -> None:
+    with cluster(tmp_path, stages=3) as made:
+        driver = driven(made, 3)
+        made.stages[1].go.clear()
+        driver.send_step()
+        wait_until(lambda: len(made.stages[1].programs) == 2)
+        activity = stage_pb2.Activity(
+            run="r", entry=2, action="1F3", waiting_for="n3 of micro-batch 3", waiting_seconds=0.5
+        )
+        made.stub.Heartbeat(coordinator_pb2.HeartbeatRequest(server="stage-1", activity=activity))
+        made.stages[1].vanish()
+        error = refused(driver.result)
+        assert isinstance(error, StageFailed)
+        assert "Stage 1 (server stage-1" in error.message
+        assert "entry 2" in error.message
+        assert "action 1F3, waiting for n3 of micro-batch 3" in error.got
+        assert "start" in error.remedy
+        assert made.stages[0].prepared is None
+        assert made.stages[2].prepared is None
+        assert "Stage 1" in made.stages[0].released[0]
+        status = made.status().runs[0]
+        assert status.state == coordinator_pb2.RUN_STATE_FAILED
+        assert "Stage 1" in status.reason
+
+
+def test_a_server_that_vanished_is_not_taken_again(tmp_path: Path) -> None:
+    with cluster(tmp_path, stages=4) as made:
+        driver = driven(made, 2)
+        made.stages[1].vanish()  # in a run
+        made.stages[2].vanish()  # idle
+        assert isinstance(refused(driver.result), StageFailed)
+        assert [server.server for server in made.status().servers] == ["stage-0", "stage-2", "stage-3"]
+        assert [server.server for server in create(made, 2).servers] == ["stage-0", "stage-3"]
+        assert [server.server for server in made.status().servers] == ["stage-0", "stage-3"]
+        made.add_stages(1)[-1].vanish()
+        error = refused(made.stub.CreateRun, run_request(1))
+        assert isinstance(error, Unreachable)
+        assert "stage 0 (server stage-4" in error.message
+        assert "0 stage servers are free" in refused(made.stub.CreateRun, run_request(1)).message
+
+
+def test_the_first_cause_is_reported_not_its_consequence(tmp_path: Path) -> None:
+    """Server 0 complains that it cannot reach server 1, before the coordinator hears that server 1 is gone."""
+    with cluster(tmp_path, stages=2) as made:
+        driver = driven(made, 2)
+        made.stages[1].go.clear()
+        made.stages[0].failure, made.stages[0].fails_at = Unreachable("Cannot reach stage 1"), 2
+        driver.send_step()
+        wait_until(lambda: len(made.stages[0].programs) == 2)
+        made.stages[1].vanish()
+        error = refused(driver.result)
+        assert isinstance(error, StageFailed)
+        assert "Stage 1 (server stage-1" in error.message
+
+
+def test_a_complaint_without_another_cause_is_reported_itself(tmp_path: Path) -> None:
+    with cluster(tmp_path, stages=2) as made:
+        driver = driven(made, 2)
+        made.stages[1].go.clear()
+        made.stages[0].failure, made.stages[0].fails_at = Unreachable("Cannot reach stage 1"), 2
+        driver.send_step()
+        error = refused(driver.result)
+        assert isinstance(error, StageFailed)
+        assert "Stage 0 (server stage-0" in error.message
+        assert "Cannot reach stage 1" in error.message
+
+
+def test_an_operators_own_error_keeps_its_kind_and_text(tmp_path: Path) -> None:
+    with cluster(tmp_path, stages=2) as made:
+        driver = driven(made, 2)
+        made.stages[1].failure = ModelError("view of 3 as 4", expected="12 elements", got="9", remedy="reshape")
+        made.stages[1].fails_at = 2
+        driver.send_step()
+        error = refused(driver.result)
+        assert isinstance(error, ModelError)
+        assert "Stage 1" in error.message
+        assert "view of 3 as 4" in error.message
+        assert (error.expected, error.got, error.remedy) == ("12 elements", "9", "reshape")
+        assert free(made)
+
+
+def test_a_server_whose_lease_runs_out_fails_its_run(tmp_path: Path) -> None:
+    with cluster(tmp_path, stages=2) as made:
+        driver = driven(made, 2)
+        made.now[0] += 4.0
+        made.stub.Heartbeat(coordinator_pb2.HeartbeatRequest(server="stage-0"))
+        made.now[0] += 2.0
+        error = refused(driver.result)
+        assert isinstance(error, StageFailed)
+        assert "Stage 1 (server stage-1" in error.message
+        assert "no heartbeat for 6.0 s" in error.got
+        assert free(made)
+        assert [server.server for server in made.status().servers] == ["stage-0"]
+        heartbeat = coordinator_pb2.HeartbeatRequest(server="stage-1")
+        assert isinstance(refused(made.stub.Heartbeat, heartbeat), RunNotFound)
+        made.register(made.stages[1])
+        create(made, 2)
+
+
+@pytest.mark.parametrize(
+    ("leave", "part"),
+    [
+        (lambda made: made.stub.Deregister(coordinator_pb2.DeregisterRequest(server="stage-1")), "it was stopped"),
+        (lambda made: made.register(made.stages[1]), "registered again"),
+    ],
+)
+def test_a_server_that_leaves_or_restarts_fails_its_run(tmp_path: Path, leave: Any, part: str) -> None:
+    with cluster(tmp_path, stages=2) as made:
+        driver = driven(made, 2)
+        leave(made)
+        error = refused(driver.result)
+        assert isinstance(error, StageFailed)
+        assert part in error.got
+
+
+def test_a_client_that_breaks_off_frees_the_servers(tmp_path: Path) -> None:
+    with cluster(tmp_path, stages=2) as made:
+        driver = driven(made, 2)
+        made.stages[1].go.clear()
+        driver.send_step()
+        wait_until(lambda: len(made.stages[0].programs) == 2)
+        driver.call.cancel()
+        wait_until(lambda: free(made))
+        wait_until(lambda: run_state(made) == coordinator_pb2.RUN_STATE_ENDED)
+        made.stages[1].go.set()
+        driven(made, 2)
+
+
+def test_a_client_that_goes_away_while_its_last_entries_finish(tmp_path: Path) -> None:
+    with cluster(tmp_path, stages=2) as made:
+        driver = driven(made, 2)
+        made.stages[1].go.clear()
+        driver.send_step()
+        driver.done()
+        wait_until(lambda: len(made.stages[1].programs) == 2)
+        driver.call.cancel()
+        wait_until(lambda: free(made))
+
+
+def test_a_run_is_ended_on_request_as_often_as_one_likes(tmp_path: Path) -> None:
+    with cluster(tmp_path, stages=1) as made:
+        run = create(made, 1)
+        for _ in range(2):
+            made.stub.EndRun(coordinator_pb2.EndRunRequest(run=run.run))
+        assert free(made)
+        late = Driver(made, run)
+        late.send()
+        assert "it was ended on request" in str(refused(late.result))
+
+
+@pytest.mark.parametrize(
+    ("cut_off", "part"),
+    [
+        (lambda made, run: made.stub.EndRun(coordinator_pb2.EndRunRequest(run=run)), "ended on request"),
+        (lambda made, run: made.coordinator.close(), "the coordinator stopped"),
+    ],
+)
+def test_a_client_whose_run_is_cut_off_is_told(tmp_path: Path, cut_off: Any, part: str) -> None:
+    with cluster(tmp_path, stages=1) as made:
+        driver = driven(made, 1)
+        made.stages[0].go.clear()
+        driver.send_step()
+        wait_until(lambda: len(made.stages[0].programs) == 2)
+        cut_off(made, made.status().runs[0].run)
+        error = refused(driver.result)
+        assert isinstance(error, Aborted)
+        assert part in error.message
+        assert free(made)
+
+
+def test_a_server_lost_while_it_is_prepared(tmp_path: Path) -> None:
+    with cluster(tmp_path, stages=1) as made:
+        stage = made.stages[0]
+        stage.go.clear()
+        stage.waits_to_prepare = True
+        call = made.stub.CreateRun.future(run_request(1))
+        wait_until(stage.preparing.is_set)
+        made.stub.Deregister(coordinator_pb2.DeregisterRequest(server="stage-0"))
+        wait_until(lambda: run_state(made) == coordinator_pb2.RUN_STATE_FAILED)
+        stage.go.set()
+        error = refused(call.result)
+        assert isinstance(error, StageFailed)
+        assert "it was stopped" in error.got
+        assert made.status().runs[0].state == coordinator_pb2.RUN_STATE_FAILED
+
+
+def test_a_server_at_an_address_that_may_not_be_dialled(tmp_path: Path) -> None:
+    with cluster(tmp_path) as made:
+        made.stages.append(StageServer("far"))
+        made.register(made.stages[0], address="192.0.2.1:7000")
+        error = refused(made.stub.CreateRun, run_request(1))
+        assert isinstance(error, SettingsError)
+        assert "Plaintext" in error.message
+        made.register(made.stages[0])
+        create(made, 1)
+
+
+def test_no_thread_is_left_behind(tmp_path: Path) -> None:
+    def run_once(made: Cluster) -> None:
+        driver = driven(made, 2)
+        driver.call.cancel()
+        driver.done()  # ends the thread of its own requests
+        wait_until(lambda: free(made))
+        wait_until(lambda: run_state(made) == coordinator_pb2.RUN_STATE_ENDED)
+        assert "client" in made.status().runs[0].reason
+
+    with cluster(tmp_path, stages=2) as made:
+        for _ in range(3):  # the pools of the servers grow until each of their calls has a thread
+            run_once(made)
+        before = threading.active_count()
+        for _ in range(5):
+            run_once(made)
+        wait_until(lambda: threading.active_count() <= before + 3)
+
+
+def test_a_run_that_nobody_drives_ends(tmp_path: Path) -> None:
+    with cluster(tmp_path, stages=1, undriven_seconds=0.2) as made:
+        create(made, 1)
+        wait_until(lambda: run_state(made) == coordinator_pb2.RUN_STATE_ENDED)
+        assert "no client drove it" in made.status().runs[0].reason
+        assert free(made)
+
+
+def test_unknown_runs_and_second_drivers_are_refused(tmp_path: Path) -> None:
+    with cluster(tmp_path, stages=1) as made:
+        error = refused(made.stub.EndRun, coordinator_pb2.EndRunRequest(run="nonesuch"))
+        assert isinstance(error, RunNotFound)
+        stranger = Driver(made, coordinator_pb2.CreateRunReply(run="nonesuch", generation=1))
+        stranger.send()
+        assert isinstance(refused(stranger.result), RunNotFound)
+        run = create(made, 1)
+        first, second = Driver(made, run), Driver(made, run)
+        first.send()
+        first.result()
+        second.send()
+        assert isinstance(refused(second.result), ServerBusy)
+        first.send_step()
+        assert first.result().entry == 2  # the first is not disturbed
+
+
+def test_a_stream_names_one_run_only(tmp_path: Path) -> None:
+    with cluster(tmp_path, stages=2) as made:
+        driver = driven(made, 1)
+        other = create(made, 1)
+        driver._run = other
+        driver.send_step()
+        assert isinstance(refused(driver.result), FrameError)
+
+
+def test_prediction_without_a_prediction_graph(tmp_path: Path) -> None:
+    with cluster(tmp_path, stages=1) as made:
+        request = run_request(1)
+        request.model.ClearField("predict")
+        driver = Driver(made, made.stub.CreateRun(request))
+        driver.send()
+        driver.result()
+        driver.send(predict=run_pb2.Predict(micro_batches=split((1,))))
+        assert isinstance(refused(driver.result), ModelError)
+
+
+def test_metrics_show_servers_runs_and_steps(tmp_path: Path) -> None:
+    with cluster(tmp_path, stages=2, metrics=True) as made:
+        driver = driven(made, 2)
+        driver.send_step()
+        driver.result()
+        with urllib.request.urlopen(f"http://{made.service.metrics_address}/metrics") as page:
+            text = page.read().decode()
+        run = made.status().runs[0].run
+        assert 'gradwire_servers{role="stage"} 2.0' in text
+        assert 'gradwire_runs{state="active"} 1.0' in text
+        assert f'gradwire_steps_total{{run="{run}"}} 1.0' in text
+        assert f'gradwire_loss{{run="{run}"}} 2.5' in text
+        assert f'gradwire_step_duration_seconds_count{{run="{run}"}} 1.0' in text
+        assert f'gradwire_bubble_ratio{{run="{run}",stage="1"}} 0.2' in text
+        assert 'gradwire_info{role="coordinator",version="test"} 1.0' in text
+
+
+def test_the_log_holds_what_a_recovery_needs(tmp_path: Path) -> None:
+    with cluster(tmp_path, stages=1) as made:
+        driver = driven(made, 1)
+        driver.send_step()
+        driver.result()
+        name = made.status().runs[0].run
+        logged = made.log.run(name)
+        assert logged.request == run_request(1)
+        assert logged.state == coordinator_pb2.RUN_STATE_ACTIVE
+        step = made.log.entries(name)[1].train_step
+        assert (step.step, [part.rows for part in step.micro_batches]) == (1, [2, 2, 2, 2])
+    assert logged.request.model.train.kind == graph_pb2.GRAPH_KIND_TRAIN

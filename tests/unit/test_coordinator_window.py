@@ -1,0 +1,89 @@
+"""Open entries, and how reports become results."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from gradwire_coordinator.window import Window
+from gradwire_protocol.errors import FrameError
+from gradwire_protocol.v1 import run_pb2
+
+
+def step(number: int, micro_batches: int = 1) -> run_pb2.Entry:
+    parts = [run_pb2.MicroBatch(index=index, rows=1) for index in range(micro_batches)]
+    return run_pb2.Entry(number=number, generation=1, train_step=run_pb2.TrainStep(step=number, micro_batches=parts))
+
+
+def report(entry: int, *losses: tuple[int, float, float], **fields: object) -> run_pb2.EntryReport:
+    made = run_pb2.EntryReport(entry=entry, generation=1, **fields)  # type: ignore[arg-type]
+    for micro_batch, total, weight in losses:
+        made.losses.add(micro_batch=micro_batch, sum=total, weight=weight)
+    return made
+
+
+def test_seconds_run_from_the_first_servers_start_to_the_last_ones_end() -> None:
+    window = Window(["a", "b"])
+    window.add(step(1), 10.0)
+    window.add(step(2), 11.0)
+    assert window.report(0, report(1), 14.0) is None
+    finished = window.report(1, report(1, (0, 1.0, 1.0)), 17.0)
+    assert finished is not None
+    assert finished[1].seconds == 7.0  # from its dispatch
+    assert len(window) == 1
+    assert window.report(0, report(2), 18.0) is None
+    finished = window.report(1, report(2, (0, 1.0, 1.0)), 20.0)
+    assert finished is not None
+    assert finished[1].seconds == 6.0  # server a began it when it had finished entry 1, at 14
+
+
+def test_the_loss_is_summed_in_micro_batch_order_and_divided_once() -> None:
+    window = Window(["a"])
+    window.add(step(1, 3), 0.0)
+    parts = [(2, -1e16, 1.0), (0, 1.0, 2.0), (1, 1e16, 1.0)]  # the order of the sum shows in its rounding
+    finished = window.report(0, report(1, *parts, gradient_norm=3.5, weight_version=9), 1.0)
+    assert finished is not None
+    result = finished[1]
+    assert result.loss == ((1.0 + 1e16) - 1e16) / 4.0
+    assert (result.weight, result.gradient_norm, result.weight_version) == (4.0, 3.5, 9)
+
+
+def test_a_batch_that_is_masked_out_has_no_loss() -> None:
+    window = Window(["a"])
+    window.add(step(1), 0.0)
+    finished = window.report(0, report(1, (0, 0.0, 0.0)), 1.0)
+    assert finished is not None
+    assert math.isnan(finished[1].loss)
+
+
+def test_owed_entries() -> None:
+    window = Window(["a", "b"])
+    assert window.owed_by(0) is None
+    window.add(step(1), 0.0)
+    window.add(step(2), 0.0)
+    window.report(0, report(1), 1.0)
+    assert [window.owed_by(stage).number for stage in (0, 1)] == [2, 1]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("stage", "bad", "part"),
+    [
+        (0, report(2), "out of order"),
+        (0, run_pb2.EntryReport(entry=1, generation=2), "out of order"),
+        (0, report(1, (0, 1.0, 1.0)), "wrong losses"),  # not the last stage
+        (1, report(1), "wrong losses"),
+        (1, report(1, (0, 1.0, 1.0), (0, 1.0, 1.0)), "wrong losses"),
+        (1, report(1, (1, 1.0, 1.0)), "wrong losses"),
+    ],
+)
+def test_reports_that_are_not_owed_are_refused(stage: int, bad: run_pb2.EntryReport, part: str) -> None:
+    window = Window(["a", "b"])
+    window.add(step(1), 0.0)
+    with pytest.raises(FrameError, match=part):
+        window.report(stage, bad, 1.0)
+
+
+def test_a_report_of_nothing_is_refused() -> None:
+    with pytest.raises(FrameError, match="not sent"):
+        Window(["a"]).report(0, report(1), 1.0)
