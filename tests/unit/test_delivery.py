@@ -40,7 +40,9 @@ class Receiver(stage_pb2_grpc.StageServiceServicer):
 def receiver():
     servicer = Receiver()
     server = grpc.server(futures.ThreadPoolExecutor(4), interceptors=(ErrorInterceptor(),))
-    register_with_raw_streams(stage_pb2_grpc.add_StageServiceServicer_to_server, servicer, server, ["Deliver"])
+    register_with_raw_streams(
+        stage_pb2_grpc.add_StageServiceServicer_to_server, servicer, server, raw_requests=["Deliver"]
+    )
     address = bind(server, "127.0.0.1:0")
     server.start()
     servicer.server = server

@@ -1,0 +1,65 @@
+"""`gradwire-stage-server`: one process that hosts pipeline stages on one device."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gradwire_protocol.errors import GradwireError
+from gradwire_protocol.serving import configure_logging, exit_in_time, watch_stdin
+from gradwire_stage import allocator
+
+Flag = typer.Option
+
+
+def serve(
+    listen: Annotated[str | None, Flag(help="HOST:PORT to listen on; port 0: any free one.")] = None,
+    advertise: Annotated[str | None, Flag(help="HOST:PORT that others dial; default: the bound address.")] = None,
+    coordinator: Annotated[str | None, Flag(help="HOST:PORT of the coordinator.")] = None,
+    metrics_listen: Annotated[str | None, Flag(help='HOST:PORT of /metrics; "": none.')] = None,
+    device: Annotated[str | None, Flag(help="auto, cpu, cuda or cuda:N.")] = None,
+    threads: Annotated[int | None, Flag(help="Compute threads.")] = None,
+    server: Annotated[str | None, Flag(help="Identifier, unique; default: made up from the host's name.")] = None,
+    mailbox_bytes: Annotated[int | None, Flag(help="Limit for messages that wait.")] = None,
+    outbox_bytes: Annotated[int | None, Flag(help="Limit for results that wait.")] = None,
+    tensor_bytes: Annotated[int | None, Flag(help="Limit for a single tensor.")] = None,
+    tls_authority: Annotated[Path | None, Flag(help="PEM file of the authority that both sides trust.")] = None,
+    tls_certificate: Annotated[Path | None, Flag(help="PEM file of this server's certificate.")] = None,
+    tls_key: Annotated[Path | None, Flag(help="PEM file of this server's key.")] = None,
+    insecure: Annotated[bool | None, Flag("--insecure", help="Allow plaintext off loopback.")] = None,
+    ready_fd: Annotated[int | None, Flag(help="File descriptor that gets one JSON line when ready.")] = None,
+    watch_parent: Annotated[bool, Flag("--watch-stdin", help="End when standard input ends.")] = False,
+    config: Annotated[Path | None, Flag(help="TOML file with these settings.")] = None,
+) -> None:
+    """Serve pipeline stages until SIGTERM. Settings: flags over GRADWIRE_STAGE_* over the file."""
+    flags: dict[str, Any] = dict(locals())
+    file = flags.pop("config")
+    if flags.pop("watch_parent"):
+        watch_stdin()
+    try:
+        # Imports come here, not above: torch takes a second, while the parent is watched and settings are checked.
+        from gradwire_stage.settings import load_settings
+
+        settings = load_settings(flags, file)
+        from gradwire_stage.server import run_server
+
+        run_server(settings)
+    except GradwireError as error:
+        print(f"gradwire-stage-server: {error}", file=sys.stderr)
+        raise typer.Exit(2) from error
+
+
+def main() -> None:
+    allocator.configure()
+    configure_logging()
+    try:
+        typer.run(serve)
+    finally:
+        exit_in_time()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""Checks what comes over the wire before anything is built or run from it: runs to prepare, entries to execute.
+
+Operators and their arguments are checked where segments are built; tensor frames where they are decoded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from gradwire_protocol.channels import parse_address
+from gradwire_protocol.errors import FrameError, LimitExceeded, PlanError, StaleGeneration
+from gradwire_protocol.frames import (
+    ELEMENT_BYTES,
+    MAXIMUM_DIMENSIONS,
+    MAXIMUM_RUN_CHARACTERS,
+    MAXIMUM_VALUE_BYTES,
+)
+from gradwire_protocol.program import BACKWARD, FORWARD, NORM, REDUCE, UPDATE, Action, program_from_proto
+from gradwire_protocol.v1 import graph_pb2, run_pb2, stage_pb2
+
+MAXIMUM_STAGES = 4096
+MAXIMUM_MICRO_BATCHES = 65536
+MAXIMUM_TENSORS = 1_000_000
+_GRAPH_OF_ENTRY = {
+    "train_step": graph_pb2.GRAPH_KIND_TRAIN,
+    "evaluate": graph_pb2.GRAPH_KIND_EVALUATE,
+    "predict": graph_pb2.GRAPH_KIND_PREDICT,
+}
+
+
+def tensor_bytes(spec: graph_pb2.TensorSpec) -> int:
+    """Return the size of a tensor of the model."""
+    return math.prod(spec.shape) * ELEMENT_BYTES[spec.data_type]
+
+
+def _refuse_unless(right: bool, what: str, expected: str, got: object) -> None:
+    if not right:
+        raise FrameError(what, expected=expected, got=str(got))
+
+
+def check_name(name: str, what: str) -> None:
+    """Refuse an empty or overlong name of a value or tensor."""
+    size = len(name.encode())
+    _refuse_unless(
+        1 <= size <= MAXIMUM_VALUE_BYTES, f"{what} has a wrong name", f"1 to {MAXIMUM_VALUE_BYTES} bytes", size
+    )
+
+
+def check_prepare(request: stage_pb2.PrepareRequest, server: str) -> stage_pb2.Peer:
+    """Check a request to prepare a run on `server`; return this server's own entry of its peers."""
+    size = len(request.run)
+    _refuse_unless(1 <= size <= MAXIMUM_RUN_CHARACTERS, "Wrong run", f"1 to {MAXIMUM_RUN_CHARACTERS} characters", size)
+    if request.server != server:
+        raise StaleGeneration(
+            "This server is not the one that is meant",
+            expected=request.server,
+            got=server,
+            remedy="it was started again at the same address: let it register, and create the run again",
+        )
+    _refuse_unless(
+        1 <= request.stages <= MAXIMUM_STAGES, "Wrong number of stages", f"1 to {MAXIMUM_STAGES}", request.stages
+    )
+    _refuse_unless(
+        request.loss_form in graph_pb2.LossForm.values() and request.loss_form != graph_pb2.LOSS_FORM_UNSPECIFIED,
+        "Wrong form of the loss",
+        "MEAN_OVER_ROWS or SUM_AND_WEIGHT",
+        request.loss_form,
+    )
+    own = _check_peers(request)
+    placements = _check_placements(request, own)
+    _check_segments(request, own, placements)
+    return own
+
+
+def _check_peers(request: stage_pb2.PrepareRequest) -> stage_pb2.Peer:
+    by_server = {peer.server: peer for peer in request.peers}
+    _refuse_unless(
+        len(by_server) == len(request.peers), "A server is named twice", "unique servers", len(request.peers)
+    )
+    own = by_server.get(request.server)
+    if own is None:
+        raise FrameError("This server is not among the run's", expected=request.server, got=", ".join(by_server))
+    for peer in request.peers:
+        parse_address(peer.address)
+    # Replicas hold the same stages: each pipeline must be whole.
+    hosted = sorted(stage for peer in request.peers if peer.replica == own.replica for stage in peer.stages)
+    _refuse_unless(
+        hosted == list(range(request.stages)),
+        "The servers do not host each stage once",
+        f"0 to {request.stages - 1}",
+        hosted,
+    )
+    _refuse_unless(bool(own.stages), "This server hosts no stage", "at least one", 0)
+    return own
+
+
+def _check_placements(request: stage_pb2.PrepareRequest, own: stage_pb2.Peer) -> set[str]:
+    _refuse_unless(
+        len(request.tensors) <= MAXIMUM_TENSORS, "Too many tensors", f"{MAXIMUM_TENSORS} at most", len(request.tensors)
+    )
+    names: set[str] = set()
+    for placement in request.tensors:
+        spec = placement.spec
+        check_name(spec.name, "A tensor")
+        _refuse_unless(spec.name not in names, f"Tensor {spec.name!r} is placed twice", "unique names", spec.name)
+        names.add(spec.name)
+        _refuse_unless(
+            spec.data_type in ELEMENT_BYTES, f"Tensor {spec.name!r} has a wrong type", "a DataType", spec.data_type
+        )
+        _refuse_unless(
+            len(spec.shape) <= MAXIMUM_DIMENSIONS and all(0 <= size < 2**48 for size in spec.shape),
+            f"Tensor {spec.name!r} has a wrong shape",
+            f"at most {MAXIMUM_DIMENSIONS} dimensions, none negative",
+            list(spec.shape),
+        )
+        holders = list(placement.holder_stages)
+        _refuse_unless(
+            holders == sorted(set(holders)) and bool(set(holders) & set(own.stages)) and holders[-1] < request.stages,
+            f"Tensor {spec.name!r} has wrong holders",
+            f"ascending stages, one of {list(own.stages)} among them",
+            holders,
+        )
+    return names
+
+
+def _check_segments(request: stage_pb2.PrepareRequest, own: stage_pb2.Peer, placements: set[str]) -> None:
+    seen: set[tuple[int, int]] = set()
+    for segment in request.segments:
+        name = f"The segment of stage {segment.stage}"
+        _refuse_unless(
+            segment.stage in own.stages, f"{name} is not for this server", str(list(own.stages)), segment.stage
+        )
+        _refuse_unless(
+            segment.graph in _GRAPH_OF_ENTRY.values(),
+            f"{name} is of no graph",
+            "train, evaluate, predict",
+            segment.graph,
+        )
+        _refuse_unless(
+            (segment.graph, segment.stage) not in seen,
+            f"{name} came twice",
+            "one for each graph and stage",
+            segment.graph,
+        )
+        seen.add((segment.graph, segment.stage))
+        for use in segment.tensors:
+            _refuse_unless(
+                use.tensor in placements, f"{name} uses a tensor that is not placed here", "a placement", use.tensor
+            )
+        for value in segment.incoming:
+            check_name(value.value, "An incoming value")
+            later = value.gradient_from_stage if value.HasField("gradient_from_stage") else segment.stage + 1
+            _refuse_unless(
+                value.from_batch
+                or (
+                    value.producer_stage < segment.stage
+                    and value.gradient_to_stage < segment.stage
+                    and segment.stage < later <= request.stages
+                ),
+                f"{name} has a wrong route for {value.value!r}",
+                "producer and gradient_to before it, gradient_from behind it",
+                value,
+            )
+        for made in segment.outgoing:
+            check_name(made.value, "An outgoing value")
+            consumers = list(made.consumer_stages)
+            _refuse_unless(
+                bool(consumers)
+                and consumers == sorted(set(consumers))
+                and segment.stage < consumers[0]
+                and consumers[-1] < request.stages,
+                f"{name} has wrong consumers of {made.value!r}",
+                "ascending stages behind it",
+                consumers,
+            )
+
+
+def check_memory(request: stage_pb2.PrepareRequest, memory_bytes: int, state_factor: int) -> int:
+    """Refuse a run whose state alone is above the device's memory; return the bytes of its tensors."""
+    state = trained = 0
+    for placement in request.tensors:
+        size = tensor_bytes(placement.spec)
+        state += size
+        trained += size if placement.spec.requires_grad else 0
+    needed = state + trained * (1 + state_factor)
+    if needed > memory_bytes:
+        raise LimitExceeded(
+            "The stage does not fit on this server's device",
+            expected=f"{memory_bytes / 2**30:.2f} GiB at most",
+            got=f"{needed / 2**30:.2f} GiB of weights, gradients and optimizer state, without activations",
+            remedy="use more stages, or servers with more memory",
+        )
+    return state
+
+
+def check_entry(
+    request: stage_pb2.ExecuteRequest,
+    *,
+    run: str,
+    generation: int,
+    number: int | None,
+    stages: Mapping[int, Sequence[int]],
+    replica: int,
+) -> list[Action]:
+    """Check an entry and its program; return the program.
+
+    `number` is the one that must come, None before the first. `stages`: those that have a segment here, by graph.
+    """
+    entry = request.entry
+    if request.run != run or entry.generation != generation:
+        raise StaleGeneration(
+            "The entry is for another run or generation",
+            expected=f"run {run}, generation {generation}",
+            got=f"run {request.run}, generation {entry.generation}",
+        )
+    _refuse_unless(
+        entry.number == number if number is not None else entry.number >= 1,
+        "An entry is missing or repeated",
+        f"number {1 if number is None else number}",
+        entry.number,
+    )
+    kind = entry.WhichOneof("kind")
+    _refuse_unless(kind is not None, "An entry has no kind", "one that this version knows", "none")
+    program = program_from_proto(request.program)
+    if kind not in _GRAPH_OF_ENTRY:
+        _refuse_unless(not program, f"An entry of kind {kind} has a program", "none", len(program))
+        return program
+    micro_batches: Sequence[run_pb2.MicroBatch] = getattr(entry, kind).micro_batches
+    indices = [item.index for item in micro_batches]
+    _refuse_unless(
+        1 <= len(indices) <= MAXIMUM_MICRO_BATCHES
+        and indices == list(range(len(indices)))
+        and all(item.rows >= 1 for item in micro_batches),
+        "Wrong micro-batches",
+        f"1 to {MAXIMUM_MICRO_BATCHES}, numbered from 0, each with a row at least",
+        f"indices {indices[:20]}, rows {[item.rows for item in micro_batches[:20]]}",
+    )
+    own = [item.index for item in micro_batches if item.replica == replica]
+    _check_program(program, stages.get(_GRAPH_OF_ENTRY[kind], ()), own, train=kind == "train_step")
+    return program
+
+
+def _check_program(program: list[Action], stages: Sequence[int], micro_batches: list[int], *, train: bool) -> None:
+    """Each micro-batch once through each stage here, backward behind forward; of the rest, one each, in order."""
+    whole = [action.kind for action in program if action.kind not in (FORWARD, BACKWARD)]
+    parts = [action for action in program if action.kind in (FORWARD, BACKWARD)]
+    expected = {
+        Action(stage, kind, index)
+        for stage in stages
+        for kind in ((FORWARD, BACKWARD) if train else (FORWARD,))
+        for index in micro_batches
+    }
+    position = {action: place for place, action in enumerate(parts)}
+    if (
+        len(parts) != len(expected)
+        or position.keys() != expected
+        or [action.kind for action in program[len(parts) :]] != whole
+        or whole not in ([[UPDATE], [REDUCE, UPDATE], [NORM, UPDATE], [REDUCE, NORM, UPDATE]] if train else [[]])
+        or any(
+            position[action] < position[action._replace(kind=FORWARD)] for action in parts if action.kind == BACKWARD
+        )
+    ):
+        raise PlanError(
+            "A program does not do what its entry needs",
+            expected=f"{len(expected)} actions for stages {list(stages)}, each once"
+            + (", backward behind forward, then REDUCE, NORM, UPDATE as needed" if train else ", forward only"),
+            got=" ".join(map(str, program))[:500],
+        )

@@ -1,0 +1,171 @@
+"""What happens to gradients between the last backward of a step and the next step: REDUCE, NORM, UPDATE.
+
+Gradients add up as sums over the batch, and are divided once by the total weight of the loss.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gradwire_protocol.errors import FrameError
+from gradwire_protocol.torch_tensors import dense
+from gradwire_protocol.v1 import graph_pb2, run_pb2
+from gradwire_protocol.v1 import tensors_pb2 as pb
+from gradwire_stage import timeline as phases
+from gradwire_stage.mailbox import Key
+from gradwire_stage.passes import Passes, put_result, take_tensor
+from gradwire_stage.run_state import RunState
+from gradwire_stage.timeline import Timeline
+
+# What torch.nn.utils.clip_grad_norm_ adds to the norm before it divides.
+_CLIP_EPSILON = 1e-6
+
+
+class Gradients:
+    """The actions of one training step that concern the step as a whole. For the compute thread."""
+
+    def __init__(
+        self, run: RunState, timeline: Timeline[Any], passes: Passes, *, entry: int, step: run_pb2.TrainStep
+    ) -> None:
+        self._run = run
+        self._timeline = timeline
+        self._passes = passes
+        self._entry = entry
+        self._step = step
+        self._divided = False
+        self._weight_sent = False
+        self._norm: torch.Tensor | None = None
+
+    def send_weight(self) -> None:
+        """Send the total weight to all other servers, once it is known here. After each forward of the last stage."""
+        run = self._run
+        if self._weight_sent or run.loss_form != graph_pb2.LOSS_FORM_SUM_AND_WEIGHT or run.server != run.last_server:
+            return
+        weight = self._passes.own_weight()
+        if weight is not None:
+            key = Key(self._entry, 0, "", pb.DIRECTION_WEIGHT, run.last_stage)
+            run.peers.send(run.other_servers, key, weight)
+            self._weight_sent = True
+
+    def reduce(self) -> None:
+        """Add the gradients of tensors that several servers hold, in stage order: the same bits everywhere."""
+        run, timeline = self._run, self._timeline
+        timeline.switch(phases.ENCODE)
+        tied = [(name, holders) for name in run.parameters if len(holders := run.holders[name]) > 1]
+        for name, holders in tied:
+            others = [server for _, server in holders if server != run.server]
+            gradient = run.parameters[name].grad
+            own_stage = next(stage for stage, server in holders if server == run.server)
+            key = Key(self._entry, 0, name, pb.DIRECTION_TIED, own_stage)
+            run.peers.send(others, key, None if gradient is None else dense(gradient))
+        for name, holders in tied:
+            parts = [
+                run.parameters[name].grad
+                if server == run.server
+                else take_tensor(run, timeline, Key(self._entry, 0, name, pb.DIRECTION_TIED, stage))
+                for stage, server in holders
+            ]
+            timeline.switch(phases.UPDATE)
+            run.parameters[name].grad = self._sum(name, [part for part in parts if part is not None])
+
+    def norm(self) -> None:
+        """Exchange sums of squares, and clip as torch.nn.utils.clip_grad_norm_ does."""
+        run, timeline = self._run, self._timeline
+        self._divide()
+        timeline.switch(phases.UPDATE)
+        own = self._own_squares()
+        timeline.switch(phases.ENCODE)
+        run.peers.send(run.other_servers, Key(self._entry, 0, "", pb.DIRECTION_NORM, run.first_stage), own)
+        total = torch.zeros((), dtype=torch.float64, device=run.device.torch_device)
+        for stage, server in run.servers:
+            total = total + (own if server == run.server else self._scalar(pb.DIRECTION_NORM, stage))
+        timeline.switch(phases.UPDATE)
+        self._norm = total.sqrt()
+        factor = (self._step.max_gradient_norm / (self._norm + _CLIP_EPSILON)).clamp(max=1.0)
+        for gradient in self._all():
+            gradient.mul_(factor)
+
+    def update(self) -> None:
+        """Divide by the total weight, run the optimizer, let the gradients go."""
+        run, timeline = self._run, self._timeline
+        self._divide()
+        timeline.switch(phases.UPDATE)
+        kept = self._copies() if self._step.return_gradients else {}
+        run.optimizer.set_hyperparameters(self._step.hyperparameters.groups)
+        run.optimizer.step()
+        for tensor in run.parameters.values():
+            tensor.grad = None
+        run.weight_version = self._step.step
+        timeline.switch(phases.ENCODE)
+        for name, gradient in kept.items():
+            put_result(run, timeline, self._entry, run.result(self._entry, 0, name, gradient, stage=run.first_stage))
+
+    def gradient_norm(self) -> float | None:
+        """Return the norm before clipping; None if it was not asked for. Waits for the device."""
+        return None if self._norm is None else self._run.device.numbers([self._norm])[0]
+
+    def _all(self) -> list[torch.Tensor]:
+        return [tensor.grad for tensor in self._run.parameters.values() if tensor.grad is not None]
+
+    def _sum(self, name: str, parts: list[torch.Tensor]) -> torch.Tensor | None:
+        if not parts:
+            return None
+        for part in parts:
+            if part.shape != self._run.parameters[name].shape or part.dtype != parts[0].dtype:
+                raise FrameError(
+                    f"A gradient does not fit the tied tensor {name!r}",
+                    expected=f"shape {list(self._run.parameters[name].shape)}, {parts[0].dtype}",
+                    got=f"shape {list(part.shape)}, {part.dtype}",
+                )
+        # A copy: one's own gradient may still be on its way to others, and received memory is read-only.
+        total = parts[0].clone()
+        for part in parts[1:]:
+            total.add_(part)
+        return total
+
+    def _divide(self) -> None:
+        """Divide every gradient by the total weight, once."""
+        if self._divided:
+            return
+        self._divided = True
+        weight = self._total_weight()
+        self._timeline.switch(phases.UPDATE)
+        for gradient in self._all():
+            gradient.div_(weight)
+
+    def _total_weight(self) -> float | torch.Tensor:
+        run = self._run
+        if run.loss_form == graph_pb2.LOSS_FORM_MEAN_OVER_ROWS:
+            return float(sum(micro_batch.rows for micro_batch in self._step.micro_batches))
+        own = self._passes.own_weight() if run.server == run.last_server else None
+        return self._scalar(pb.DIRECTION_WEIGHT, run.last_stage) if own is None else own
+
+    def _scalar(self, direction: pb.Direction, stage: int) -> torch.Tensor:
+        key = Key(self._entry, 0, "", direction, stage)
+        tensor = take_tensor(self._run, self._timeline, key)
+        if tensor is None or tensor.dim() != 0 or tensor.dtype != torch.float64:
+            raise FrameError(f"Wrong content: {key}", expected="a float64 scalar", got=str(tensor))
+        return tensor
+
+    def _own_squares(self) -> torch.Tensor:
+        """Return the sum of squares of the gradients that count here: each tensor's at its first holder."""
+        norms = [
+            torch.linalg.vector_norm(
+                torch.view_as_real(gradient) if gradient.is_complex() else gradient, dtype=torch.float64
+            )
+            for name, tensor in self._run.parameters.items()
+            if (gradient := tensor.grad) is not None and self._run.owns(name)
+        ]
+        if not norms:
+            return torch.zeros((), dtype=torch.float64, device=self._run.device.torch_device)
+        return torch.stack(norms).square().sum()
+
+    def _copies(self) -> dict[str, torch.Tensor | None]:
+        """Copy the gradients that the client collects here, before the optimizer may write to them."""
+        return {
+            name: None if (gradient := tensor.grad) is None else gradient.clone()
+            for name, tensor in self._run.parameters.items()
+            if self._run.owns(name)
+        }

@@ -1,0 +1,176 @@
+"""What a stage server tells Prometheus, in a registry that is handed in.
+
+Series of a run carry its identifier, and go when it ends.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from gradwire_protocol.v1 import run_pb2
+from gradwire_protocol.v1 import tensors_pb2 as pb
+from gradwire_stage.timeline import BUSY, IDLE
+
+KINDS = {
+    pb.DIRECTION_BATCH: "batch",
+    pb.DIRECTION_FORWARD: "forward",
+    pb.DIRECTION_BACKWARD: "backward",
+    pb.DIRECTION_STATE: "state",
+    pb.DIRECTION_TIED: "tied",
+    pb.DIRECTION_NORM: "norm",
+    pb.DIRECTION_WEIGHT: "weight",
+    pb.DIRECTION_RESULT: "result",
+}
+SENT = "sent"
+RECEIVED = "received"
+
+_TRANSFER_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+_STEP_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+
+class StageMetrics:
+    """The server's metrics; `of_run` gives those of one run."""
+
+    def __init__(self, registry: CollectorRegistry, *, version: str) -> None:
+        Gauge("gradwire_up", "1 while the service runs", registry=registry).set(1)
+        info = Gauge("gradwire_info", "Version and role of the service", ["role", "version"], registry=registry)
+        info.labels("stage", version).set(1)
+        self.dropped = Counter(
+            "gradwire_messages_dropped",
+            "Messages that no run could take: repeated, late, released, other run or generation",
+            ["reason"],
+            registry=registry,
+        )
+        self.busy = Counter(
+            "gradwire_stage_busy_seconds",
+            "Seconds that the compute thread spent working",
+            ["run", "stage", "replica", "phase"],
+            registry=registry,
+        )
+        self.idle = Counter(
+            "gradwire_stage_idle_seconds",
+            "Seconds that the compute thread spent waiting",
+            ["run", "stage", "replica", "reason"],
+            registry=registry,
+        )
+        self.transferred = Counter(
+            "gradwire_transfer_bytes",
+            "Payload bytes of whole messages",
+            ["run", "peer", "direction", "kind"],
+            registry=registry,
+        )
+        self.transfer_seconds = Histogram(
+            "gradwire_transfer_seconds",
+            "Seconds from queueing a message to its receipt",
+            ["run", "peer", "kind"],
+            buckets=_TRANSFER_BUCKETS,
+            registry=registry,
+        )
+        self.step_seconds = Histogram(
+            "gradwire_step_duration_seconds",
+            "Seconds from the end of the entry before a training step to its own end",
+            ["run", "stage", "replica"],
+            buckets=_STEP_BUCKETS,
+            registry=registry,
+        )
+        self.loss = Gauge(
+            "gradwire_loss", "Loss of the last training step, at the last stage", ["run", "stage"], registry=registry
+        )
+        self.mailbox_bytes = Gauge(
+            "gradwire_mailbox_bytes", "Bytes of messages that wait to be taken", registry=registry
+        )
+        self.parameter_bytes = Gauge(
+            "gradwire_parameters_bytes", "Bytes of parameters, buffers and constants held", ["run"], registry=registry
+        )
+
+    def of_run(self, run: str, stages: tuple[int, ...], replica: int) -> RunMetrics:
+        return RunMetrics(self, run, stages, replica)
+
+
+class RunMetrics:
+    """The series of one run on this server. Thread-safe; what comes after `remove` is dropped.
+
+    A server with several virtual stages has one compute thread: its label is "0,2".
+    """
+
+    def __init__(self, metrics: StageMetrics, run: str, stages: tuple[int, ...], replica: int) -> None:
+        self._metrics = metrics
+        self._run = run
+        self._labels = (run, ",".join(map(str, stages)), str(replica))
+        self._lock = threading.Lock()
+        self._removed = False
+        # Series by (metric, labels): looking one up costs more than counting.
+        self._series: dict[tuple[Any, tuple[str, ...]], Any] = {}
+
+    def sent(self, peer: str, direction: pb.Direction, size_bytes: int, seconds: float) -> None:
+        """Count a message that a peer has receipted."""
+        kind = KINDS[direction]
+        self._count(self._metrics.transferred, (self._run, peer, SENT, kind), size_bytes)
+        with self._lock:
+            series = self._get(self._metrics.transfer_seconds, (self._run, peer, kind))
+            if series is not None:
+                series.observe(seconds)
+
+    def collected(self, size_bytes: int) -> None:
+        """Count a result that was handed to the client's stream."""
+        self._count(self._metrics.transferred, (self._run, "client", SENT, KINDS[pb.DIRECTION_RESULT]), size_bytes)
+
+    def received(self, peer: str, direction: pb.Direction, size_bytes: int) -> None:
+        """Count a whole message that came in."""
+        self._count(self._metrics.transferred, (self._run, peer, RECEIVED, KINDS[direction]), size_bytes)
+
+    def timing(self, timing: run_pb2.Timing, *, step: bool) -> None:
+        """Count where an entry's time went."""
+        for phase, seconds in timing.busy_seconds.items():
+            self._count(self._metrics.busy, (*self._labels, phase), seconds)
+        for reason, seconds in timing.idle_seconds.items():
+            self._count(self._metrics.idle, (*self._labels, reason), seconds)
+        if step:
+            with self._lock:
+                series = self._get(self._metrics.step_seconds, self._labels)
+                if series is not None:
+                    series.observe(timing.window_seconds)
+
+    def loss(self, value: float) -> None:
+        self._set(self._metrics.loss, self._labels[:2], value)
+
+    def parameter_bytes(self, size_bytes: int) -> None:
+        self._set(self._metrics.parameter_bytes, (self._run,), size_bytes)
+
+    def start(self) -> None:
+        """Make the phases' series, so that rates begin at 0."""
+        for phase in BUSY:
+            self._count(self._metrics.busy, (*self._labels, phase), 0)
+        for reason in IDLE:
+            self._count(self._metrics.idle, (*self._labels, reason), 0)
+
+    def remove(self) -> None:
+        """Take the run's series away."""
+        with self._lock:
+            self._removed = True
+            for metric, labels in self._series:
+                metric.remove(*labels)
+            self._series.clear()
+
+    def _get(self, metric: Any, labels: tuple[str, ...]) -> Any:
+        if self._removed:
+            return None
+        series = self._series.get((metric, labels))
+        if series is None:
+            series = self._series[metric, labels] = metric.labels(*labels)
+        return series
+
+    def _count(self, metric: Counter, labels: tuple[str, ...], amount: float) -> None:
+        with self._lock:
+            series = self._get(metric, labels)
+            if series is not None:
+                series.inc(amount)
+
+    def _set(self, metric: Gauge, labels: tuple[str, ...], value: float) -> None:
+        with self._lock:
+            series = self._get(metric, labels)
+            if series is not None:
+                series.set(value)

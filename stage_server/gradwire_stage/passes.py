@@ -1,0 +1,227 @@
+"""Forward and backward of the micro-batches of one entry: waits for what a segment needs, sends what it makes.
+
+In which order is the program's business; what becomes of the parameters' gradients is gradients.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gradwire_protocol.errors import FrameError, PlanError
+from gradwire_protocol.v1 import graph_pb2, run_pb2
+from gradwire_protocol.v1 import tensors_pb2 as pb
+from gradwire_stage import timeline as phases
+from gradwire_stage.mailbox import Key
+from gradwire_stage.outbox import Result
+from gradwire_stage.peers import Incoming, Value
+from gradwire_stage.routes import Input
+from gradwire_stage.run_state import RunState
+from gradwire_stage.segment import SegmentPass
+from gradwire_stage.timeline import Timeline
+
+_WAITS = {
+    pb.DIRECTION_BATCH: phases.WAIT_BATCH,
+    pb.DIRECTION_FORWARD: phases.WAIT_ACTIVATION,
+    pb.DIRECTION_BACKWARD: phases.WAIT_GRADIENT,
+    pb.DIRECTION_STATE: phases.WAIT_BATCH,
+    pb.DIRECTION_TIED: phases.WAIT_EXCHANGE,
+    pb.DIRECTION_NORM: phases.WAIT_EXCHANGE,
+    pb.DIRECTION_WEIGHT: phases.WAIT_EXCHANGE,
+}
+
+
+def take(run: RunState, timeline: Timeline[Any], key: Key) -> Incoming:
+    """Take a message, waiting for it if need be; the timeline is in DECODE afterwards."""
+    content = run.mailbox.poll(key)
+    if content is None:
+        timeline.switch(_WAITS[key.direction])
+        content = run.mailbox.take(key)
+    timeline.switch(phases.DECODE)
+    return content
+
+
+def take_tensor(run: RunState, timeline: Timeline[Any], key: Key) -> torch.Tensor | None:
+    """Take a message that carries a tensor, or the statement that there is none."""
+    content = take(run, timeline, key)
+    if isinstance(content, pb.Absent):
+        return None
+    if not isinstance(content, tuple):
+        raise FrameError(f"A message carries a number: {key}", expected="a tensor", got=repr(content))
+    return run.device.claim(content[0])
+
+
+def put_result(run: RunState, timeline: Timeline[Any], entry: int, result: Result) -> None:
+    """Leave a result for the client; waits for it while the outbox is full."""
+    if not run.outbox.has_room(result):
+        previous = timeline.switch(phases.WAIT_EXCHANGE)
+        run.outbox.put(entry, result)
+        timeline.switch(previous)
+    else:
+        run.outbox.put(entry, result)
+
+
+@dataclass(slots=True)
+class _Open:
+    """A micro-batch between its forward and its backward."""
+
+    segment_pass: SegmentPass
+    # Incoming values whose gradient their sender wants.
+    wanted: list[Input]
+    # Outgoing values whose gradient is wanted here, and the stage that it comes from.
+    expected: dict[str, int]
+
+
+class Passes:
+    """The forward and backward actions of one entry. For the compute thread."""
+
+    def __init__(
+        self,
+        run: RunState,
+        timeline: Timeline[Any],
+        *,
+        entry: int,
+        graph: graph_pb2.GraphKind,
+        rows: Mapping[int, int],
+        step: int,
+    ) -> None:
+        self._run = run
+        self._timeline = timeline
+        self._entry = entry
+        self._graph = graph
+        self._rows = rows  # of each micro-batch
+        self._step = step
+        self._record = graph == graph_pb2.GRAPH_KIND_TRAIN
+        self._open: dict[tuple[int, int], _Open] = {}
+        # Messages that several segments here read, and how many are still to do so.
+        self._shared: dict[Key, tuple[Incoming, int]] = {}
+        # Of the last stage: (micro-batch, loss, weight).
+        self._losses: list[tuple[int, torch.Tensor, Value]] = []
+
+    def forward(self, stage: int, micro_batch: int) -> None:
+        """Run a stage's segment on a micro-batch."""
+        segment = self._run.segments.get((self._graph, stage))
+        if segment is None:
+            raise PlanError(f"Stage {stage} has no segment of the graph", got=graph_pb2.GraphKind.Name(self._graph))
+        timeline = self._timeline
+        routes = self._run.routes[self._graph, stage]
+        values: dict[str, Value] = {}
+        wanted: list[Input] = []
+        for source in routes.inputs:
+            value = self._receive(source, micro_batch)
+            values[source.value] = value
+            if isinstance(value, torch.Tensor) and value.requires_grad:
+                wanted.append(source)
+        timeline.switch(phases.FORWARD)
+        made = segment.forward(values, step=self._step, micro_batch=micro_batch, record=self._record)
+        timeline.switch(phases.ENCODE)
+        expected: dict[str, int] = {}
+        for output in routes.outputs:
+            value = made.outgoing[output.value]
+            if isinstance(value, torch.Tensor) and value.requires_grad:
+                expected[output.value] = output.gradient_from
+            key = Key(self._entry, micro_batch, output.value, pb.DIRECTION_FORWARD, stage)
+            self._run.peers.send(output.servers, key, value)
+        for name, value in made.results.items():
+            put_result(
+                self._run, timeline, self._entry, self._run.result(self._entry, micro_batch, name, value, stage=stage)
+            )
+        if made.loss is not None:
+            self._losses.append((micro_batch, made.loss.detach(), self._weight(micro_batch, made)))
+        if self._record:
+            self._open[stage, micro_batch] = _Open(made, wanted, expected)
+
+    def backward(self, stage: int, micro_batch: int) -> None:
+        """Run the backward of a stage's segment: gradients of its parameters add up, those of its inputs go out."""
+        run, timeline = self._run, self._timeline
+        state = self._open.pop((stage, micro_batch))
+        gradients = {
+            value: take_tensor(run, timeline, Key(self._entry, micro_batch, value, pb.DIRECTION_BACKWARD, source))
+            for value, source in state.expected.items()
+        }
+        relayed = {
+            source.value: take_tensor(
+                run,
+                timeline,
+                Key(self._entry, micro_batch, source.value, pb.DIRECTION_BACKWARD, source.gradient_from),
+            )
+            for source in state.wanted
+            if source.gradient_from is not None
+        }
+        timeline.switch(phases.BACKWARD)
+        made = state.segment_pass.backward(gradients, relayed, self._loss_gradient(stage, micro_batch))
+        timeline.switch(phases.ENCODE)
+        for source in state.wanted:
+            key = Key(self._entry, micro_batch, source.value, pb.DIRECTION_BACKWARD, stage)
+            run.peers.send(source.gradient_to, key, made[source.value])
+
+    def own_weight(self) -> torch.Tensor | None:
+        """Return the total weight of the losses made here, 0-d float64 on the device; None before the last of them."""
+        if len(self._losses) < len(self._rows):
+            return None
+        weights = [
+            weight.detach().to(torch.float64)
+            if isinstance(weight, torch.Tensor)
+            else torch.full((), weight, dtype=torch.float64, device=self._run.device.torch_device)
+            for _, _, weight in self._losses_in_order()
+        ]
+        return torch.stack(weights).sum()
+
+    def loss_parts(self) -> list[run_pb2.LossPart]:
+        """Return the losses made here, in micro-batch order. Waits for the device."""
+        losses = self._losses_in_order()
+        tensors = [loss for _, loss, _ in losses]
+        tensors += [weight for _, _, weight in losses if isinstance(weight, torch.Tensor)]
+        numbers = self._run.device.numbers(tensors)
+        sums, weights = numbers[: len(losses)], iter(numbers[len(losses) :])
+        over_rows = self._run.loss_form == graph_pb2.LOSS_FORM_MEAN_OVER_ROWS
+        parts = []
+        for (micro_batch, _, weight), total in zip(losses, sums, strict=True):
+            number = next(weights) if isinstance(weight, torch.Tensor) else float(weight)
+            parts.append(
+                run_pb2.LossPart(micro_batch=micro_batch, sum=total * number if over_rows else total, weight=number)
+            )
+        return parts
+
+    def _losses_in_order(self) -> list[tuple[int, torch.Tensor, Value]]:
+        return sorted(self._losses, key=lambda part: part[0])
+
+    def _weight(self, micro_batch: int, made: SegmentPass) -> Value:
+        if self._run.loss_form == graph_pb2.LOSS_FORM_MEAN_OVER_ROWS:
+            return self._rows[micro_batch]
+        weight = made.loss_weight
+        if weight is None:
+            raise PlanError("The segment of the last stage gives no weight of its loss", expected="Segment.loss_weight")
+        return weight.detach() if isinstance(weight, torch.Tensor) else weight
+
+    def _loss_gradient(self, stage: int, micro_batch: int) -> float | None:
+        if self._run.loss_stage.get(self._graph) != stage:
+            return None
+        if self._run.loss_form == graph_pb2.LOSS_FORM_MEAN_OVER_ROWS:
+            return float(self._rows[micro_batch])
+        return 1.0
+
+    def _receive(self, source: Input, micro_batch: int) -> Value:
+        """Take an incoming value; a tensor whose gradient is wanted comes as a leaf that requires one."""
+        direction = pb.DIRECTION_BATCH if source.from_batch else pb.DIRECTION_FORWARD
+        key = Key(self._entry, micro_batch, source.value, direction, source.source_stage)
+        content = self._take_shared(key, source.readers) if source.readers > 1 else take(self._run, self._timeline, key)
+        if isinstance(content, pb.Absent):
+            raise FrameError(f"A message carries nothing: {key}", expected="a tensor or a number", got="absent")
+        if not isinstance(content, tuple):
+            return content
+        arrived, wanted = content
+        tensor = self._run.device.claim(arrived)
+        # Detached: other segments here may read the same tensor, and each has its own gradient.
+        return tensor.detach().requires_grad_() if wanted and self._record else tensor
+
+    def _take_shared(self, key: Key, readers: int) -> Incoming:
+        content, left = self._shared.pop(key, (None, readers))
+        if content is None:
+            content = take(self._run, self._timeline, key)
+        if left > 1:
+            self._shared[key] = (content, left - 1)
+        return content

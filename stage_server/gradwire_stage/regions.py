@@ -1,0 +1,76 @@
+"""Runs parts of a segment without gradient recording, or under autocast, and seeds its random operators.
+
+The generated code of a segment calls `enter`, `leave` and `seed` with the scope of the pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+
+from gradwire_protocol.torch_tensors import TORCH_TYPES
+from gradwire_protocol.v1 import graph_pb2 as pb
+from gradwire_stage.randomness import Randomness
+
+
+@dataclass(frozen=True)
+class Region:
+    """The contexts around consecutive nodes; `autocast` holds (dtype or None, enabled), outermost first."""
+
+    no_grad: bool = False
+    autocast: tuple[tuple[torch.dtype | None, bool], ...] = ()
+
+    @classmethod
+    def of(cls, node: pb.Node) -> Region:
+        """The region that a node stands in."""
+        autocast = tuple((TORCH_TYPES.get(item.data_type), item.enabled) for item in node.autocast)
+        return cls(node.no_grad, autocast)
+
+
+class Scope:
+    """What the generated code of one pass needs beside tensors. A context manager: leaves its region on errors."""
+
+    def __init__(
+        self, regions: Sequence[Region], device: torch.device, randomness: Randomness, step: int, micro_batch: int
+    ) -> None:
+        self._regions = regions
+        self._device = device
+        self._randomness = randomness
+        self._step = step
+        self._micro_batch = micro_batch
+        self._entered = contextlib.ExitStack()
+
+    def __enter__(self) -> Scope:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._entered.close()
+
+    def enter(self, number: int) -> None:
+        """Enter region `number`, after leaving the one before."""
+        self._entered.close()
+        region = self._regions[number]
+        if region.no_grad:
+            self._entered.enter_context(torch.no_grad())
+        for dtype, enabled in region.autocast:
+            self._entered.enter_context(torch.autocast(self._device.type, dtype=dtype, enabled=enabled))
+
+    def seed(self, node: int) -> None:
+        """Seed the generator for a node."""
+        self._randomness.seed(self._step, self._micro_batch, node)
+
+
+def enter(scope: Scope, number: int) -> None:
+    """Enter a region; called from generated code."""
+    scope.enter(number)
+
+
+def seed(scope: Scope, node: int) -> None:
+    """Seed for a random operator; called from generated code."""
+    scope.seed(node)

@@ -1,0 +1,172 @@
+"""Runs one segment of a graph: forward for a micro-batch, and later its backward.
+
+Leaves to the executor where values come from and go to, and to the optimizer what becomes of gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from functools import partial
+
+import torch
+
+from gradwire_protocol.errors import InternalError, ModelError
+from gradwire_protocol.v1 import stage_pb2 as pb
+from gradwire_stage.buffers import BufferVersions
+from gradwire_stage.failures import located
+from gradwire_stage.randomness import Randomness
+from gradwire_stage.rebuild import Rebuilt, value_names
+from gradwire_stage.regions import Scope
+
+Value = torch.Tensor | int | float | bool
+
+
+class BuiltSegment:
+    """A segment, rebuilt for a device. Use from one thread only: random operators share the process's generator."""
+
+    def __init__(
+        self, segment: pb.Segment, tensors: MutableMapping[str, torch.Tensor], device: torch.device, seed: int
+    ) -> None:
+        """`tensors` is the server's store, by tensor name; a pass replaces the buffers that it changes in it.
+
+        ModelError for anything that is not allowed or does not fit together.
+        """
+        self._segment = segment
+        self._tensors = tensors
+        self._device = device
+        uses = value_names(segment.tensors)
+        missing = [name for name in uses if name not in tensors]
+        if missing:
+            raise ModelError(
+                "A segment uses tensors that this server does not hold",
+                expected=", ".join(uses)[:500],
+                got=f"without {', '.join(missing)[:500]}",
+            )
+        self._names = tuple(uses)
+        self._incoming = tuple(item.value for item in segment.incoming)
+        self._cloned = frozenset(segment.mutated_inputs).intersection(self._incoming)
+        # A value with a later consumer gets that consumer's gradient through a relay made behind this segment's own
+        # uses, so that the sum has the order that it has in one process.
+        self._relayed = frozenset(item.value for item in segment.incoming if item.HasField("gradient_from_stage"))
+        self._updates = {item.value: item.tensor for item in segment.buffer_updates}
+        wanted = [item.value for item in segment.outgoing] + [item.value for item in segment.results]
+        wanted += [value for value in (segment.loss, segment.loss_weight) if value] + list(self._updates)
+        self._outputs = tuple(dict.fromkeys(wanted))
+        self._rebuilt = Rebuilt(segment.nodes, uses, self._incoming, self._outputs, device)
+        self._buffers = BufferVersions(tensors, (name for name in segment.mutated_tensors if name in uses))
+        self._randomness = Randomness(seed, device)
+
+    def forward(self, values: Mapping[str, Value], *, step: int, micro_batch: int, record: bool) -> SegmentPass:
+        """Run the nodes on a micro-batch.
+
+        `values` holds the incoming values; a tensor among them that requires grad gets its gradient back from
+        `SegmentPass.backward`. Without `record` nothing is kept for a backward pass.
+        """
+        missing = [value for value in self._incoming if value not in values]
+        if missing:
+            raise InternalError(f"A segment was run without its incoming values {', '.join(missing)}")
+        gradients: dict[str, torch.Tensor] = {}
+        entering: dict[str, Value] = {}
+        written = self._buffers.begin()
+        with (
+            torch.set_grad_enabled(record),
+            Scope(self._rebuilt.regions, self._device, self._randomness, step, micro_batch) as scope,
+        ):
+            for name in self._incoming:
+                entering[name] = self._enter(name, values[name], record, gradients)
+            own = [written.get(name, self._tensors[name]) for name in self._names]
+            try:
+                made = self._rebuilt.call(scope, *own, *entering.values())
+            except Exception as error:
+                raise located(error, self._rebuilt.nodes, "A segment") from error
+            outputs = dict(zip(self._outputs, made, strict=True))
+            relays = {
+                name: torch.ops.aten.alias.default(value)
+                for name, value in entering.items()
+                if name in self._relayed and isinstance(value, torch.Tensor) and value.requires_grad
+            }
+        self._buffers.commit(written, {tensor: outputs[value] for value, tensor in self._updates.items()})
+        return SegmentPass(self._segment, entering, outputs, relays, gradients)
+
+    def _enter(self, name: str, value: Value, record: bool, gradients: dict[str, torch.Tensor]) -> Value:
+        """Hand a value to the code: cloned if written to; never as a leaf, whose gradient would take its layout.
+
+        An alias also keeps autocast from caching its cast, and in-place operators from a leaf.
+        """
+        if not isinstance(value, torch.Tensor):
+            return value
+        if name in self._cloned:
+            return value.detach().clone()
+        if not (record and value.requires_grad):
+            return value.detach()
+        alias: torch.Tensor = torch.ops.aten.alias.default(value.detach().requires_grad_())
+        alias.register_hook(partial(gradients.__setitem__, name))  # type: ignore[no-untyped-call]
+        return alias
+
+
+class SegmentPass:
+    """One micro-batch's way through a segment: its results, and its backward pass, once."""
+
+    def __init__(
+        self,
+        segment: pb.Segment,
+        entering: Mapping[str, Value],
+        outputs: Mapping[str, Value],
+        relays: Mapping[str, torch.Tensor],
+        gradients: dict[str, torch.Tensor],
+    ) -> None:
+        self.outgoing: dict[str, Value] = {item.value: outputs[item.value] for item in segment.outgoing}
+        self.loss = _tensor(outputs[segment.loss]) if segment.loss else None
+        self.loss_weight: Value | None = outputs[segment.loss_weight] if segment.loss_weight else None
+        self.results: dict[str, Value] = {item.value: _detached(outputs[item.value]) for item in segment.results}
+        self._wanting = [name for name, value in entering.items() if _requires_grad(value)]
+        self._relays = dict(relays)
+        self._gradients = gradients
+
+    def backward(
+        self,
+        gradients: Mapping[str, torch.Tensor | None],
+        relayed: Mapping[str, torch.Tensor | None],
+        loss_gradient: float | None,
+    ) -> dict[str, torch.Tensor | None]:
+        """Accumulate parameters' gradients and return those of the incoming values that asked for one.
+
+        `gradients` belongs to outgoing values, `relayed` to incoming ones: the gradient of the consumer after this
+        one. None means that the loss does not depend on a value. Frees the pass.
+        """
+        roots: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for name, value in self.outgoing.items():
+            gradient = gradients.get(name)
+            if gradient is not None and isinstance(value, torch.Tensor) and value.requires_grad:
+                roots.append((value, gradient))
+        for name, relay in self._relays.items():
+            gradient = relayed.get(name)
+            if gradient is not None:
+                roots.append((relay, gradient))
+        if self.loss is not None and loss_gradient is not None and self.loss.requires_grad:
+            roots.append((self.loss, torch.full_like(self.loss, loss_gradient)))
+        self._free()
+        if roots:
+            outputs, output_gradients = zip(*roots, strict=True)
+            try:
+                torch.autograd.backward(outputs, output_gradients)
+            except RuntimeError as error:
+                raise located(error, {}, "The backward pass of a segment") from error
+        return {name: self._gradients.pop(name, None) for name in self._wanting}
+
+    def _free(self) -> None:
+        self.outgoing, self.results, self._relays = {}, {}, {}
+
+
+def _tensor(value: Value) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor):
+        raise ModelError("The loss of a segment is not a tensor", expected="a 0-d tensor", got=type(value).__name__)
+    return value
+
+
+def _requires_grad(value: Value) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _detached(value: Value) -> Value:
+    return value.detach() if isinstance(value, torch.Tensor) else value

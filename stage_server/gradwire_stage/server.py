@@ -1,0 +1,75 @@
+"""Puts a stage server together from its settings, and takes it apart at the end."""
+
+from __future__ import annotations
+
+import gc
+import secrets
+from importlib.metadata import version
+from typing import Any
+
+import structlog
+
+from gradwire_protocol.channels import open_channel
+from gradwire_protocol.serving import Service, host_name
+from gradwire_protocol.v1 import coordinator_pb2
+from gradwire_stage.device import open_device
+from gradwire_stage.membership import Membership
+from gradwire_stage.metrics import StageMetrics
+from gradwire_stage.optimizer import warm_up
+from gradwire_stage.service import Limits, StageService
+from gradwire_stage.settings import StageSettings
+
+_log = structlog.get_logger(__name__)
+
+
+def run_server(settings: StageSettings) -> None:
+    """Serve until SIGTERM or SIGINT; then leave the coordinator and end the run in good order."""
+    distribution = version("gradwire")
+    device = open_device(settings.device, settings.threads)
+    service = Service("gradwire-stage-server", settings.service())
+    service.install_signal_handlers()
+    server = settings.server or f"{host_name()}-{secrets.token_hex(4)}"
+    info = device.describe()
+
+    def dial(address: str) -> Any:
+        return open_channel(address, settings.tls, insecure=settings.insecure)
+
+    stage_service = StageService(
+        server,
+        device,
+        Limits(
+            memory_bytes=info.memory_bytes,
+            mailbox_bytes=settings.mailbox_bytes or info.memory_bytes // 2,
+            outbox_bytes=settings.outbox_bytes or info.memory_bytes // 4,
+            tensor_bytes=settings.tensor_bytes,
+        ),
+        StageMetrics(service.registry, version=distribution),
+        dial,
+    )
+    stage_service.add_to(service.server)
+    service.start()
+    channel = dial(settings.coordinator)
+    membership = Membership(
+        channel,
+        settings.coordinator,
+        coordinator_pb2.RegisterRequest(
+            server=server,
+            role=coordinator_pb2.SERVER_ROLE_STAGE,
+            address=service.address,
+            metrics_address=service.metrics_address,
+            device=info,
+            version=distribution,
+        ),
+        stage_service.activity,
+    )
+    membership.start()
+    service.report_ready()
+    warm_up()
+    # What the imports have made stays: later collections need not look at it.
+    gc.freeze()
+    service.wait()
+    _log.info("stopping", server=server)
+    membership.stop()
+    stage_service.release_all("it was asked to stop")
+    service.stop()
+    channel.close()

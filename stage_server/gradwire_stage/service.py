@@ -1,0 +1,247 @@
+"""StageService: what coordinator, clients and peers call. Holds at most one run, and computes nothing itself."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import structlog
+
+from gradwire_protocol.errors import (
+    Aborted,
+    GradwireError,
+    RunNotFound,
+    ServerBusy,
+    StaleGeneration,
+)
+from gradwire_protocol.frames import FrameAssembler, Message, encode_frames
+from gradwire_protocol.serving import register_with_raw_streams
+from gradwire_protocol.v1 import stage_pb2, stage_pb2_grpc
+from gradwire_protocol.v1 import tensors_pb2 as pb
+from gradwire_stage.device import Device
+from gradwire_stage.executor import Executor
+from gradwire_stage.metrics import StageMetrics
+from gradwire_stage.run_state import RunState
+
+# A run that is released ends within this time, unless a single operator takes longer.
+_RELEASE_SECONDS = 1.0
+_TAKE_OVER_SECONDS = 5.0
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a run may use here, in bytes; and how long it may be prepared without an Execute stream, in seconds."""
+
+    memory_bytes: int
+    mailbox_bytes: int
+    outbox_bytes: int
+    tensor_bytes: int
+    prepared_seconds: float = 60.0
+
+
+class _Held:
+    """The run that holds the server, and whether its Execute stream is open."""
+
+    def __init__(self, executor: Executor, prepared_seconds: float) -> None:
+        self.executor = executor
+        self.executing = False
+        # A coordinator may vanish before it opens its Execute stream.
+        self.expiry = threading.Timer(prepared_seconds, self._expire)
+        self.expiry.daemon = True
+        self.expiry.start()
+
+    def _expire(self) -> None:
+        if not self.executing:
+            self.executor.release(Aborted("The coordinator opened no Execute stream in time"))
+
+
+class StageService(stage_pb2_grpc.StageServiceServicer):
+    """The servicer. `server` is this server's identifier; `open_channel` dials a peer's address."""
+
+    def __init__(
+        self,
+        server: str,
+        device: Device,
+        limits: Limits,
+        metrics: StageMetrics,
+        open_channel: Callable[[str], Any],
+    ) -> None:
+        self._server = server
+        self._device = device
+        self._limits = limits
+        self._metrics = metrics
+        self._open_channel = open_channel
+        self._lock = threading.Lock()  # guards _held
+        self._preparing = threading.Lock()  # one Prepare at a time
+        self._held: _Held | None = None
+        metrics.mailbox_bytes.set_function(self._mailbox_bytes)
+
+    def add_to(self, server: Any) -> None:
+        """Register with a grpc.Server; Deliver gets frames as bytes, Collect gives them."""
+        register_with_raw_streams(
+            stage_pb2_grpc.add_StageServiceServicer_to_server,
+            self,
+            server,
+            raw_requests=("Deliver",),
+            raw_responses=("Collect",),
+        )
+
+    # --- the coordinator's calls
+
+    def Prepare(self, request: stage_pb2.PrepareRequest, context: Any) -> stage_pb2.PrepareReply:  # noqa: N802
+        with self._preparing:
+            self._make_room(request.run, request.generation)
+            executor = Executor(lambda fail: self._build(request, fail), self._on_end)
+            with self._lock:
+                self._held = _Held(executor, self._limits.prepared_seconds)
+        run = executor.run
+        _log.info("prepared", run=run.run, generation=run.generation, stages=run.stages, state_bytes=run.state_bytes)
+        return stage_pb2.PrepareReply(state_bytes=run.state_bytes)
+
+    def Execute(  # noqa: N802
+        self, requests: Iterator[stage_pb2.ExecuteRequest], context: Any
+    ) -> Iterator[stage_pb2.ExecuteReply]:
+        with self._lock:
+            held = self._held
+            if held is None:
+                raise RunNotFound("No run is prepared on this server", remedy="prepare it first")
+            if held.executing:
+                raise ServerBusy(f"Run {held.executor.run.run} has an Execute stream already")
+            held.executing = True
+            held.expiry.cancel()
+        executor = held.executor
+        reader = threading.Thread(target=_read_entries, args=(executor, requests), name="entries", daemon=True)
+        reader.start()
+        try:
+            for report in executor.reports():
+                yield stage_pb2.ExecuteReply(report=report)
+        finally:
+            # Nothing to do where the run has ended; otherwise the stream has broken.
+            executor.release(Aborted("The coordinator's stream has ended"))
+
+    def Release(self, request: stage_pb2.ReleaseRequest, context: Any) -> stage_pb2.ReleaseReply:  # noqa: N802
+        held = self._held
+        if held is not None and held.executor.run.run == request.run:
+            run = held.executor.run
+            if run.generation <= request.generation:
+                _log.info("released", run=run.run, generation=run.generation, reason=request.reason)
+                held.executor.release(Aborted(f"Run {run.run} was released", got=request.reason))
+                held.executor.wait_ended(_RELEASE_SECONDS)
+        return stage_pb2.ReleaseReply()
+
+    def GetActivity(self, request: stage_pb2.GetActivityRequest, context: Any) -> stage_pb2.GetActivityReply:  # noqa: N802
+        return stage_pb2.GetActivityReply(activity=self.activity())
+
+    # --- tensors
+
+    def Deliver(self, requests: Iterator[bytes], context: Any) -> Iterator[pb.Receipt]:  # noqa: N802
+        assembler = FrameAssembler(self._limits.tensor_bytes)
+        for frame in requests:
+            message = assembler.feed(frame)
+            if message is not None:
+                self._accept(message)
+                yield pb.Receipt(sequence=message.header.sequence)
+                # Not kept alive while the next frame is waited for.
+                del message
+        assembler.finish()
+
+    def Collect(self, request: stage_pb2.CollectRequest, context: Any) -> Iterator[bytes]:  # noqa: N802
+        held = self._held
+        if held is None:
+            raise RunNotFound(f"Run {request.run} is not on this server", got="no run")
+        run = held.executor.run
+        if run.run != request.run or run.generation != request.generation:
+            raise StaleGeneration(
+                "Another run or generation is prepared here",
+                expected=f"run {run.run}, generation {run.generation}",
+                got=f"run {request.run}, generation {request.generation}",
+            )
+        for sequence, result in enumerate(run.outbox.collect(request.entry), start=1):
+            result.header.sequence = sequence
+            payload = result.payload() if callable(result.payload) else result.payload
+            yield from encode_frames(result.header, payload)
+            run.metrics.collected(result.header.tensor.size_bytes)
+            del result, payload
+
+    # --- for the process around it
+
+    def activity(self) -> stage_pb2.Activity:
+        """Return what this server is doing. Any thread."""
+        held = self._held
+        return stage_pb2.Activity() if held is None else held.executor.run.activity()
+
+    def release_all(self, reason: str) -> None:
+        """End whatever runs here, and wait for it a moment. For the end of the process."""
+        held = self._held
+        if held is not None:
+            held.executor.release(Aborted(f"Stage server {self._server} ends", got=reason))
+            held.executor.wait_ended(_TAKE_OVER_SECONDS)
+
+    def _build(self, request: stage_pb2.PrepareRequest, fail: Callable[[GradwireError], None]) -> RunState:
+        return RunState(
+            request,
+            server=self._server,
+            device=self._device,
+            memory_bytes=self._limits.memory_bytes,
+            mailbox_bytes=self._limits.mailbox_bytes,
+            outbox_bytes=self._limits.outbox_bytes,
+            open_channel=self._open_channel,
+            metrics=self._metrics,
+            fail=fail,
+        )
+
+    def _make_room(self, run: str, generation: int) -> None:
+        """Raise ServerBusy unless the server is free, or held by a run that ends or is replaced by this one."""
+        held = self._held
+        if held is None:
+            return
+        old = held.executor.run
+        if old.run == run and old.generation < generation:
+            held.executor.release(Aborted(f"Run {run} goes on as generation {generation}"))
+        if held.executor.ending and held.executor.wait_ended(_TAKE_OVER_SECONDS):
+            return
+        raise ServerBusy(
+            f"Stage server {self._server} is held by another run",
+            expected="a free server",
+            got=f"run {old.run}, generation {old.generation}",
+            remedy="end that run, or start more stage servers",
+        )
+
+    def _on_end(self, executor: Executor) -> None:
+        with self._lock:
+            if self._held is not None and self._held.executor is executor:
+                self._held.expiry.cancel()
+                self._held = None
+        _log.info("the run has ended here", run=executor.run.run, generation=executor.run.generation)
+
+    def _accept(self, message: Message) -> None:
+        """Hand a message to its run, or count why it cannot be."""
+        held, key = self._held, message.header.key
+        if held is None or held.executor.run.run != key.run:
+            self._metrics.dropped.labels("other-run").inc()
+        elif held.executor.run.generation != key.generation:
+            self._metrics.dropped.labels("other-generation").inc()
+        else:
+            held.executor.run.accept(message)
+
+    def _mailbox_bytes(self) -> float:
+        held = self._held
+        return 0.0 if held is None else float(held.executor.run.mailbox.size_bytes)
+
+
+def _read_entries(executor: Executor, requests: Iterator[stage_pb2.ExecuteRequest]) -> None:
+    """Submit what comes on the coordinator's stream; end the run with the stream."""
+    try:
+        for request in requests:
+            executor.submit(request)
+    except grpc.RpcError:
+        executor.release(Aborted("The coordinator's stream broke", got="the coordinator cancelled it, or is gone"))
+    except GradwireError as error:
+        executor.fail(error)
+    else:
+        executor.close()

@@ -1,0 +1,384 @@
+"""Stage servers in this process, on real ports, driven without a coordinator by a small model written by hand.
+
+The model is tanh(x wᵀ + a), then two layers more: stage 1 uses the same w (tied), stage 2 adds what stage 0 made
+(a value with two consumers). Also an integer boundary value from stage 0 to stage 2.
+"""
+
+from __future__ import annotations
+
+import gc
+import queue
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+import torch
+
+from gradwire_protocol.channels import open_channel
+from gradwire_protocol.delivery import FrameSender
+from gradwire_protocol.errors import GradwireError, from_rpc_error
+from gradwire_protocol.frames import FrameAssembler
+from gradwire_protocol.program import parse_program, program_to_proto
+from gradwire_protocol.serving import Service, ServiceSettings
+from gradwire_protocol.torch_tensors import payload_of, tensor_from, tensor_info
+from gradwire_protocol.v1 import graph_pb2, run_pb2, stage_pb2, stage_pb2_grpc
+from gradwire_protocol.v1 import tensors_pb2 as pb
+from gradwire_stage.device import CpuDevice
+from gradwire_stage.metrics import StageMetrics
+from gradwire_stage.service import Limits, StageService
+
+WIDTH = 4
+# Each run ends with a collection: without the imports it takes no time, as in a real server.
+gc.freeze()
+TRAIN, EVALUATE, PREDICT = graph_pb2.GRAPH_KIND_TRAIN, graph_pb2.GRAPH_KIND_EVALUATE, graph_pb2.GRAPH_KIND_PREDICT
+MEAN, SUM = graph_pb2.LOSS_FORM_MEAN_OVER_ROWS, graph_pb2.LOSS_FORM_SUM_AND_WEIGHT
+
+
+def made_state() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"w": (WIDTH, WIDTH), "a": (WIDTH,), "b": (WIDTH,), "v": (WIDTH, WIDTH), "scale": (WIDTH,)}
+    return {name: torch.randn(shape, dtype=torch.float64, generator=generator) for name, shape in shapes.items()}
+
+
+class Reference(torch.nn.Module):
+    """The same model in plain torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, value in made_state().items():
+            if name == "scale":
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, torch.nn.Parameter(value))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(torch.nn.functional.linear(x, self.w, self.a))
+        g = torch.tanh(torch.nn.functional.linear(h, self.w, self.b))
+        return torch.nn.functional.linear(g + h, self.v) * self.scale
+
+
+def _node(name: str, target: str, *values: str | int) -> graph_pb2.Node:
+    arguments = [
+        graph_pb2.Argument(value=value) if isinstance(value, str) else graph_pb2.Argument(integer=value)
+        for value in values
+    ]
+    return graph_pb2.Node(name=name, target=target, arguments=arguments)
+
+
+def _nodes(stage: int, graph: int, form: int) -> list[graph_pb2.Node]:
+    if stage == 0:
+        return [_node("u", "aten.linear.default", "x", "p_w", "p_a"), _node("h", "aten.tanh.default", "u")]
+    if stage == 1:
+        return [_node("t", "aten.linear.default", "h", "p_w", "p_b"), _node("g", "aten.tanh.default", "t")]
+    nodes = [
+        _node("s", "aten.add.Tensor", "g", "h"),
+        _node("m", "aten.linear.default", "s", "p_v"),
+        _node("out", "aten.mul.Tensor", "m", "p_scale"),
+    ]
+    if graph == PREDICT:
+        return nodes
+    if form == MEAN:
+        return [*nodes, _node("loss", "aten.mse_loss.default", "out", "y")]
+    return [
+        *nodes,
+        _node("loss", "aten.mse_loss.default", "out", "y", 2),  # the sum
+        _node("ones", "aten.ones_like.default", "y"),
+        _node("weight", "aten.sum.default", "ones"),
+    ]
+
+
+def segment(stage: int, graph: int, form: int) -> stage_pb2.Segment:
+    uses = {0: ("w", "a"), 1: ("w", "b"), 2: ("v", "scale")}[stage]
+    made = stage_pb2.Segment(
+        stage=stage,
+        graph=graph,
+        nodes=_nodes(stage, graph, form),
+        tensors=[graph_pb2.TensorUse(value=f"p_{name}", tensor=name) for name in uses],
+    )
+    if stage == 0:
+        made.incoming.add(value="x", from_batch=True)
+        made.outgoing.add(value="h", consumer_stages=[1, 2])
+    elif stage == 1:
+        made.incoming.add(value="h", producer_stage=0, gradient_to_stage=0, gradient_from_stage=2)
+        made.outgoing.add(value="g", consumer_stages=[2])
+    else:
+        made.incoming.add(value="g", producer_stage=1, gradient_to_stage=1)
+        made.incoming.add(value="h", producer_stage=0, gradient_to_stage=1)
+        if graph == PREDICT:
+            made.results.add(value="out")
+        else:
+            made.incoming.add(value="y", from_batch=True)
+            made.loss = "loss"
+            made.loss_weight = "weight" if form == SUM else ""
+    return made
+
+
+_HOLDERS = {"w": [0, 1], "a": [0], "b": [1], "v": [2], "scale": [2]}
+
+
+def placement(name: str) -> stage_pb2.TensorPlacement:
+    buffer = name == "scale"
+    return stage_pb2.TensorPlacement(
+        spec=graph_pb2.TensorSpec(
+            name=name,
+            names=[name],
+            kind=graph_pb2.TENSOR_KIND_BUFFER if buffer else graph_pb2.TENSOR_KIND_PARAMETER,
+            persistent=buffer,
+            requires_grad=not buffer,
+            data_type=pb.DATA_TYPE_FLOAT64,
+            shape=made_state()[name].shape,
+        ),
+        holder_stages=_HOLDERS[name],
+    )
+
+
+def number(value: float) -> graph_pb2.Argument:
+    return graph_pb2.Argument(real=value)
+
+
+def adam(learning_rate: float) -> run_pb2.OptimizerGroup:
+    return run_pb2.OptimizerGroup(
+        parameters=["w", "a", "b", "v"], settings=[graph_pb2.NamedArgument(name="lr", value=number(learning_rate))]
+    )
+
+
+class RemoteServer:
+    """A server of another process."""
+
+    def __init__(self, name: str, address: str) -> None:
+        self.name = name
+        self.address = address
+        self.channel = open_channel(address)
+        self.stub = stage_pb2_grpc.StageServiceStub(self.channel)
+
+    def call(self, method: str, request: Any, timeout: float = 5.0) -> Any:
+        """Call a unary method; a failure is raised as the typed error."""
+        try:
+            return getattr(self.stub, method)(request, timeout=timeout)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error
+
+    def activity(self) -> stage_pb2.Activity:
+        return self.call("GetActivity", stage_pb2.GetActivityRequest()).activity
+
+    def stop(self) -> None:
+        self.channel.close()
+
+
+class StageServer(RemoteServer):
+    """One server of this process: the real service behind a real port."""
+
+    def __init__(self, name: str, **limits: Any) -> None:
+        self.service = Service(name, ServiceSettings(metrics_listen="", workers=32))
+        sizes = {"memory_bytes": 2**33, "mailbox_bytes": 2**28, "outbox_bytes": 2**28, "tensor_bytes": 2**26}
+        self.stage_service = StageService(
+            name,
+            CpuDevice(1),
+            Limits(**{**sizes, **limits}),
+            StageMetrics(self.service.registry, version="test"),
+            open_channel,
+        )
+        self.stage_service.add_to(self.service.server)
+        self.service.start()
+        super().__init__(name, self.service.address)
+
+    def metric(self, name: str, **labels: str) -> float | None:
+        return self.service.registry.get_sample_value(name, labels)
+
+    def stop(self) -> None:
+        self.stage_service.release_all("the test ends")
+        super().stop()
+        self.service.stop(0)
+
+
+class Stream:
+    """An Execute stream to one server."""
+
+    def __init__(self, server: RemoteServer) -> None:
+        self._requests: queue.SimpleQueue[stage_pb2.ExecuteRequest | None] = queue.SimpleQueue()
+        self.call = server.stub.Execute(iter(self._requests.get, None))
+
+    def submit(self, entry: run_pb2.Entry, program: str = "", run: str = "r") -> None:
+        actions = program_to_proto(parse_program(program))
+        self._requests.put(stage_pb2.ExecuteRequest(run=run, entry=entry, program=actions))
+
+    def report(self) -> run_pb2.EntryReport:
+        """Wait for the next report; a failure is raised as the typed error."""
+        try:
+            return next(self.call).report
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error
+
+    def failure(self) -> GradwireError:
+        """Wait for the end of a stream that fails, and return the typed error."""
+        try:
+            for _ in self.call:
+                pass
+        except grpc.RpcError as error:
+            return from_rpc_error(error)
+        raise AssertionError("the stream ended in good order")
+
+    def close(self) -> None:
+        self._requests.put(None)
+
+
+class Cluster:
+    """Servers that host the three stages as told, and the client's and the coordinator's side of one run."""
+
+    def __init__(
+        self,
+        layout: dict[str, list[int]],
+        form: int = MEAN,
+        *,
+        remote: dict[str, str] | None = None,
+        **limits: Any,
+    ) -> None:
+        self.layout = layout
+        self.form = form
+        addresses = remote or {}
+        self.servers = {
+            name: RemoteServer(name, addresses[name]) if name in addresses else StageServer(name, **limits)
+            for name in layout
+        }
+        self.streams: dict[str, Stream] = {}
+        self.senders: dict[str, FrameSender] = {}
+        self.entry = 0
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for sender in self.senders.values():
+            sender.cancel()
+        for stream in self.streams.values():
+            stream.call.cancel()
+        for server in self.servers.values():
+            server.stop()
+
+    def request(self, name: str, *, run: str = "r", generation: int = 1) -> stage_pb2.PrepareRequest:
+        stages = self.layout[name]
+        return stage_pb2.PrepareRequest(
+            run=run,
+            generation=generation,
+            server=name,
+            segments=[segment(stage, graph, self.form) for stage in stages for graph in (TRAIN, EVALUATE, PREDICT)],
+            tensors=[placement(tensor) for tensor, holders in _HOLDERS.items() if set(holders) & set(stages)],
+            peers=[
+                stage_pb2.Peer(server=peer, address=self.servers[peer].address, stages=hosted)
+                for peer, hosted in self.layout.items()
+            ],
+            stages=3,
+            optimizer=run_pb2.Optimizer(name="AdamW", groups=[adam(0.1)]),
+            loss_form=self.form,
+            seed=5,
+        )
+
+    def prepare(self, **identity: Any) -> None:
+        for name, server in self.servers.items():
+            server.call("Prepare", self.request(name, **identity))
+
+    def open(self) -> None:
+        """Prepare all, open all streams, load the state."""
+        self.prepare()
+        for name, server in self.servers.items():
+            self.streams[name] = Stream(server)
+            self.senders[name] = FrameSender(server.channel, name)
+        entry = self.next_entry(load_state=run_pb2.LoadState())
+        for name, stages in self.layout.items():
+            for tensor, value in made_state().items():
+                if set(_HOLDERS[tensor]) & set(stages):
+                    self.send(name, entry.number, 0, tensor, value, pb.DIRECTION_STATE)
+            self.streams[name].submit(entry)
+        for stream in self.streams.values():
+            assert stream.report().entry == 1
+
+    def next_entry(self, **kind: Any) -> run_pb2.Entry:
+        self.entry += 1
+        return run_pb2.Entry(number=self.entry, generation=1, **kind)
+
+    def send(self, server: str, entry: int, micro_batch: int, value: str, tensor: torch.Tensor, direction: int) -> None:
+        header = pb.TensorHeader(
+            key=pb.MessageKey(
+                run="r", generation=1, entry=entry, micro_batch=micro_batch, value=value, direction=direction
+            ),
+            tensor=tensor_info(tensor),
+        )
+        self.senders[server].send(header, payload_of(tensor))
+
+    def send_batch(self, entry: int, x: torch.Tensor, y: torch.Tensor | None, parts: int) -> list[run_pb2.MicroBatch]:
+        """Send the rows of a batch to the stages that read them; return the micro-batches."""
+        first, micro_batches = 0, []
+        for index, rows in enumerate(x.tensor_split(parts)):
+            self.send(self.host(0), entry, index, "x", rows, pb.DIRECTION_BATCH)
+            micro_batches.append(run_pb2.MicroBatch(index=index, first_row=first, rows=len(rows)))
+            first += len(rows)
+        for index, rows in enumerate(() if y is None else y.tensor_split(parts)):
+            self.send(self.host(2), entry, index, "y", rows, pb.DIRECTION_BATCH)
+        return micro_batches
+
+    def host(self, stage: int) -> str:
+        return next(name for name, stages in self.layout.items() if stage in stages)
+
+    def submit_step(self, x: torch.Tensor, y: torch.Tensor, parts: int, *, rate: float = 0.1, **options: Any) -> int:
+        """Send a training step's entry and batch to all; return the entry's number."""
+        entry = self.next_entry(train_step=run_pb2.TrainStep(step=self.entry, **options))
+        step = entry.train_step
+        step.hyperparameters.groups.append(adam(rate))
+        step.micro_batches.extend(self.send_batch(entry.number, x, y, parts))
+        norm = "NORM " if step.HasField("max_gradient_norm") else ""
+        for name, stages in self.layout.items():
+            forward = [f"{stage}F{part}" for stage in stages for part in range(parts)]
+            backward = [f"{stage}B{part}" for stage in reversed(stages) for part in range(parts)]
+            self.streams[name].submit(entry, " ".join([*forward, *backward]) + f" REDUCE {norm}UPDATE")
+        return entry.number
+
+    def submit_forward(self, kind: str, x: torch.Tensor, y: torch.Tensor | None, parts: int) -> int:
+        message = {"evaluate": run_pb2.Evaluate, "predict": run_pb2.Predict}[kind]()
+        entry = self.next_entry(**{kind: message})
+        getattr(entry, kind).micro_batches.extend(self.send_batch(entry.number, x, y, parts))
+        for name, stages in self.layout.items():
+            self.streams[name].submit(entry, " ".join(f"{stage}F{part}" for stage in stages for part in range(parts)))
+        return entry.number
+
+    def submit_fetch(self) -> int:
+        entry = self.next_entry(fetch_state=run_pb2.FetchState())
+        for stream in self.streams.values():
+            stream.submit(entry)
+        return entry.number
+
+    def reports(self) -> dict[str, run_pb2.EntryReport]:
+        return {name: stream.report() for name, stream in self.streams.items()}
+
+    def loss(self, reports: dict[str, run_pb2.EntryReport]) -> float:
+        parts = reports[self.host(2)].losses
+        return sum(part.sum for part in parts) / sum(part.weight for part in parts)
+
+    def collect(self, entry: int) -> Iterator[tuple[pb.MessageKey, torch.Tensor | None]]:
+        """Yield what all servers have for the client under an entry."""
+        for server in self.servers.values():
+            call = server.channel.unary_stream(
+                "/gradwire_protocol.v1.StageService/Collect",
+                request_serializer=stage_pb2.CollectRequest.SerializeToString,
+                response_deserializer=None,
+            )
+            assembler = FrameAssembler()
+            for frame in call(stage_pb2.CollectRequest(run="r", generation=1, entry=entry), timeout=5):
+                message = assembler.feed(frame)
+                if message is not None:
+                    absent = message.header.WhichOneof("value") == "absent"
+                    yield message.header.key, None if absent else tensor_from(message)
+            assembler.finish()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        number_of_entry = self.submit_fetch()
+        self.reports()
+        return {key.value: tensor for key, tensor in self.collect(number_of_entry) if tensor is not None}
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    """Wait for something that happens on another thread; an AssertionError if it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert condition()
