@@ -1,0 +1,116 @@
+"""Gradwire's Python interface: the names that a training script uses.
+
+Names are imported on first use (PEP 562): `import gradwire` costs next to nothing, and the command line can start
+servers before torch is loaded here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    __version__: str
+
+    from gradwire.cluster import Cluster, connect
+    from gradwire.graph import unbatched
+    from gradwire.local_cluster import LocalCluster, local
+    from gradwire.plan import Plan
+    from gradwire.results import StepResult
+    from gradwire.trainer import Trainer
+    from gradwire.verification import Verification, verify
+    from gradwire_protocol.channels import TlsFiles
+    from gradwire_protocol.errors import (
+        Aborted,
+        BatchError,
+        DataError,
+        FrameError,
+        GradwireError,
+        InternalError,
+        LimitExceeded,
+        ModelError,
+        OptimizerError,
+        PlanError,
+        RunNotFound,
+        ServerBusy,
+        SettingsError,
+        StageFailed,
+        StaleGeneration,
+        Unreachable,
+    )
+
+_HOMES = {
+    "Cluster": "gradwire.cluster",
+    "LocalCluster": "gradwire.local_cluster",
+    "Plan": "gradwire.plan",
+    "StepResult": "gradwire.results",
+    "TlsFiles": "gradwire_protocol.channels",
+    "Trainer": "gradwire.trainer",
+    "Verification": "gradwire.verification",
+    "connect": "gradwire.cluster",
+    "local": "gradwire.local_cluster",
+    "unbatched": "gradwire.graph",
+    "verify": "gradwire.verification",
+    "Aborted": "gradwire_protocol.errors",
+    "BatchError": "gradwire_protocol.errors",
+    "DataError": "gradwire_protocol.errors",
+    "FrameError": "gradwire_protocol.errors",
+    "GradwireError": "gradwire_protocol.errors",
+    "InternalError": "gradwire_protocol.errors",
+    "LimitExceeded": "gradwire_protocol.errors",
+    "ModelError": "gradwire_protocol.errors",
+    "OptimizerError": "gradwire_protocol.errors",
+    "PlanError": "gradwire_protocol.errors",
+    "RunNotFound": "gradwire_protocol.errors",
+    "ServerBusy": "gradwire_protocol.errors",
+    "SettingsError": "gradwire_protocol.errors",
+    "StageFailed": "gradwire_protocol.errors",
+    "StaleGeneration": "gradwire_protocol.errors",
+    "Unreachable": "gradwire_protocol.errors",
+}
+
+__all__ = [
+    "Aborted",
+    "BatchError",
+    "Cluster",
+    "DataError",
+    "FrameError",
+    "GradwireError",
+    "InternalError",
+    "LimitExceeded",
+    "LocalCluster",
+    "ModelError",
+    "OptimizerError",
+    "Plan",
+    "PlanError",
+    "RunNotFound",
+    "ServerBusy",
+    "SettingsError",
+    "StageFailed",
+    "StaleGeneration",
+    "StepResult",
+    "TlsFiles",
+    "Trainer",
+    "Unreachable",
+    "Verification",
+    "connect",
+    "local",
+    "unbatched",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("gradwire")
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'gradwire' has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -75,20 +76,49 @@ class _Capture:
         self.service, self.handlers = service, handlers
 
 
-def register_with_raw_streams(add: Callable[[Any, Any], None], servicer: Any, server: Any, raw: Iterable[str]) -> None:
-    """Register a servicer whose methods named in `raw` (stream to stream) get request bytes as they came.
+def register_with_raw_streams(
+    add: Callable[[Any, Any], None],
+    servicer: Any,
+    server: Any,
+    *,
+    raw_requests: Iterable[str] = (),
+    raw_responses: Iterable[str] = (),
+) -> None:
+    """Register a servicer some of whose streaming methods take, or give, messages as bytes.
 
-    `add` is the generated `add_…Servicer_to_server`.
+    `add` is the generated `add_…Servicer_to_server`. raw_requests: stream to stream. raw_responses: call to stream.
     """
     capture = _Capture()
     add(servicer, capture)
-    for name in raw:
-        handler = capture.handlers[name]
-        capture.handlers[name] = grpc.stream_stream_rpc_method_handler(
-            handler.stream_stream, request_deserializer=None, response_serializer=handler.response_serializer
+    handlers = capture.handlers
+    for name in raw_requests:
+        handlers[name] = grpc.stream_stream_rpc_method_handler(
+            handlers[name].stream_stream,
+            request_deserializer=None,
+            response_serializer=handlers[name].response_serializer,
         )
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(capture.service, capture.handlers),))
-    server.add_registered_method_handlers(capture.service, capture.handlers)
+    for name in raw_responses:
+        handlers[name] = grpc.unary_stream_rpc_method_handler(
+            handlers[name].unary_stream,
+            request_deserializer=handlers[name].request_deserializer,
+            response_serializer=None,
+        )
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(capture.service, handlers),))
+    server.add_registered_method_handlers(capture.service, handlers)
+
+
+def configure_logging() -> None:
+    """Log to standard error, one line an event. Tracebacks show no local variables: they can hold whole tensors."""
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+            ),
+        ],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
 
 
 class Service:

@@ -1,0 +1,98 @@
+"""`gradwire train`: the main job, on a cluster of its own or on a running one."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gradwire.cli.flags import with_flags
+from gradwire.cli.reporters import BarReporter, JsonReporter, LineReporter
+from gradwire.cluster import Cluster, connect
+from gradwire.job.files import text_files
+from gradwire.job.reporter import Reporter
+from gradwire.job.run_directory import RunDirectory
+from gradwire.job.settings import JobSettings, load_settings, reference_values, tls_files
+from gradwire.local_cluster import LocalProcesses
+from gradwire_protocol.errors import PlanError
+
+
+@with_flags(JobSettings, reference_values())
+def train(
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with settings, such as examples/reference.toml")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object a step, and a last one")] = False,
+    **flags: Any,
+) -> None:
+    """Train a byte-level GPT on text, and check that the result equals one process.
+
+    Settings: flags come before environment variables (GRADWIRE_STEPS=100), these before --config, and that before the
+    reference job. Without --coordinator, a local cluster is started, and ended with the command.
+    """
+    started_at = time.monotonic()
+    settings = load_settings(flags, config)
+    text_files(settings.data)
+    tls = tls_files(settings.tls_authority, settings.tls_certificate, settings.tls_key)
+    reporter = _reporter(json, settings.steps)
+    if settings.coordinator is not None:
+        with connect(settings.coordinator, tls, insecure=settings.insecure) as cluster:
+            _check_servers(cluster, settings.stages)
+            directory = RunDirectory.create(settings.out)
+            summary = _run(settings, cluster, None, directory, reporter, started_at)
+    else:
+        directory = RunDirectory.create(settings.out)
+        reporter.note(f"starting a coordinator and {settings.stages} stage servers …")
+        # The servers start, and import torch, while this process does.
+        with (
+            LocalProcesses(
+                stage_servers=settings.stages, threads=settings.threads, log_dir=directory.logs
+            ) as processes,
+            Cluster(processes.address) as cluster,
+        ):
+            summary = _run(settings, cluster, processes, directory, reporter, started_at)
+    if summary["verdict"] == "different":
+        raise typer.Exit(1)
+
+
+def _run(
+    settings: JobSettings,
+    cluster: Cluster,
+    processes: LocalProcesses | None,
+    directory: RunDirectory,
+    reporter: Reporter,
+    started_at: float,
+) -> dict[str, Any]:
+    # Imports torch: late, when the servers are on their way.
+    import torch
+
+    from gradwire.job.training import Job
+
+    # The cores are the servers'. A second thread here would do nothing but spin between small operations.
+    torch.set_num_threads(1)
+    job = Job(settings)
+    if processes is not None:
+        processes.wait_registered(cluster)
+    with reporter:
+        return job.run(cluster, directory, reporter, started_at)
+
+
+def _check_servers(cluster: Cluster, stages: int) -> None:
+    """Tell at once, before anything is loaded, that there are too few servers."""
+    servers = len(cluster.status().servers)
+    if servers < stages:
+        raise PlanError(
+            "There are fewer stage servers than stages",
+            expected=f"{stages} stage servers at {cluster.address}",
+            got=str(servers),
+            remedy="start more stage servers, or give fewer --stages",
+        )
+
+
+def _reporter(json: bool, steps: int) -> Reporter:
+    if json:
+        return JsonReporter()
+    return BarReporter(steps) if sys.stdout.isatty() and sys.stderr.isatty() else LineReporter()

@@ -1,0 +1,145 @@
+"""A cluster as a script sees it: connect to a coordinator, look at it, make trainers.
+
+Imports torch for trainers only.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import grpc
+
+from gradwire.calls import coordinator_stub
+from gradwire.plan import Plan
+from gradwire_protocol.channels import TlsFiles, open_channel, parse_address
+from gradwire_protocol.errors import from_rpc_error
+from gradwire_protocol.v1 import coordinator_pb2
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from gradwire.trainer import Trainer
+
+_ANSWER_SECONDS = 5.0
+
+
+class Cluster:
+    """A coordinator and its stage servers; a context manager. Closing it ends the runs made from it.
+
+    The channel connects on first use. Use `connect` to be told at once whether the coordinator is there.
+    """
+
+    def __init__(self, address: str, tls: TlsFiles | None = None, *, insecure: bool = False) -> None:
+        self._address = address
+        self._tls = tls
+        self._insecure = insecure
+        self._channel: Any = None
+        self._trainers: weakref.WeakSet[Trainer] = weakref.WeakSet()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT of the coordinator."""
+        return self._address
+
+    @property
+    def target(self) -> str:
+        """The coordinator, as errors name it."""
+        return f"the coordinator at {self._address}"
+
+    @property
+    def channel(self) -> Any:
+        """The grpc.Channel to the coordinator."""
+        if self._channel is None:
+            self._channel = self.open_channel(self._address)
+        return self._channel
+
+    def open_channel(self, address: str) -> Any:
+        """Return a channel to another service of the cluster, with this cluster's credentials."""
+        return open_channel(address, self._tls, insecure=self._insecure)
+
+    def status(self) -> coordinator_pb2.GetStatusReply:
+        """Return the coordinator's view: servers and what they do, runs. Unreachable if it does not answer in 5 s."""
+        stub = coordinator_stub(self.channel)
+        try:
+            reply: coordinator_pb2.GetStatusReply = stub.GetStatus(
+                coordinator_pb2.GetStatusRequest(), timeout=_ANSWER_SECONDS
+            )
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, target=self.target) from None
+        return reply
+
+    def trainer(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        loss: Callable[..., Any] | nn.Module | None,
+        example: tuple[Any, ...] | Mapping[str, Any],
+        plan: Plan | None = None,
+        seed: int = 0,
+        max_grad_norm: float | None = None,
+        precision: str | None = None,
+        description: str = "",
+    ) -> Trainer:
+        """Lay a run out on the cluster, send the weights, and return its trainer.
+
+        model: any torch.nn.Module that torch.export takes. optimizer: of torch.optim, over model.parameters(); its
+        class, groups and hyperparameters are used, the latter as they are at each step. loss: (output, target) to a
+        scalar, a mean over the rows, or to (sum, weight); None: the model's output is the loss. example: one batch, a
+        tuple or a dict given as keyword arguments; dimension 0 is the batch. seed: of dropout and the like.
+        max_grad_norm: clip the gradient's global norm to this. precision: None, the parameters' own type.
+
+        Errors: ModelError, PlanError, OptimizerError, BatchError; Unreachable, ServerBusy, StageFailed.
+        """
+        from gradwire.trainer import Trainer  # imports torch, which seeing a cluster's status does not need
+
+        trainer = Trainer(
+            self,
+            model,
+            optimizer,
+            loss=loss,
+            example=example,
+            plan=plan or Plan(),
+            seed=seed,
+            max_grad_norm=max_grad_norm,
+            precision=precision,
+            description=description,
+        )
+        self._trainers.add(trainer)
+        return trainer
+
+    def close(self) -> None:
+        """End the runs of this cluster's trainers, and close the channel. Idempotent."""
+        for trainer in list(self._trainers):
+            trainer.close()
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+
+
+def connect(address: str, tls: TlsFiles | None = None, *, insecure: bool = False) -> Cluster:
+    """Connect to the coordinator at HOST:PORT and return its cluster.
+
+    Plaintext is for loopback only; elsewhere give `tls` (or `insecure=True` on a network that you trust). Raises
+    Unreachable within 5 s if nobody answers, SettingsError for what is not an address.
+    """
+    parse_address(address)
+    cluster = Cluster(address, tls, insecure=insecure)
+    try:
+        cluster.status()
+    except BaseException:
+        cluster.close()
+        raise
+    return cluster

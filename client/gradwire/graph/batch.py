@@ -1,0 +1,254 @@
+"""The structure of the user's batch: its leaves, their names, what is split by rows, and checks of later batches.
+
+Leaves to the exporter what the model makes of the leaves.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from gradwire_protocol.errors import BatchError, ModelError
+from gradwire_protocol.v1 import graph_pb2 as pb
+
+Batch = tuple[Any, ...] | list[Any] | Mapping[str, Any]
+
+# Keys of a batch given as a dict that may hold the loss's target.
+TARGET_KEYS = ("target", "targets", "labels", "label")
+NO_TARGET = ()  # where a batch has no target: it has no leaves
+_CONSTANTS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
+
+
+@dataclass(frozen=True)
+class Unbatched:
+    """Marks a tensor of the batch whose dimension 0 is not the batch: every micro-batch gets it whole."""
+
+    tensor: torch.Tensor
+
+
+def unbatched(tensor: torch.Tensor) -> Unbatched:
+    """Mark a tensor of an example as shared by all rows, such as a (time, time) mask."""
+    return Unbatched(tensor)
+
+
+@dataclass(frozen=True)
+class FlatBatch:
+    """A checked batch: graph values by name, and which of them are split along dimension 0."""
+
+    rows: int
+    values: dict[str, torch.Tensor | int | float | bool]
+    batched: set[str]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One leaf of the example."""
+
+    label: str  # how to name it to the user
+    value: str  # its name in the graphs; empty for constants
+    is_target: bool
+    batched: bool
+    dtype: torch.dtype | None = None
+    shape: tuple[int, ...] = ()  # without the rows where batched
+    constant: Any = None
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """The structure that every batch of a run has, taken from the example."""
+
+    structure: pytree.TreeSpec = field(repr=False)
+    input_structure: pytree.TreeSpec = field(repr=False)
+    leaves: tuple[Leaf, ...]
+    has_target: bool
+    rows: int
+
+    @property
+    def tensors(self) -> tuple[Leaf, ...]:
+        """The leaves that are tensors, in the order of the graphs' inputs."""
+        return tuple(leaf for leaf in self.leaves if leaf.value)
+
+    def rebuild(
+        self, tensors: Sequence[torch.Tensor], *, with_target: bool
+    ) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+        """Put tensors and constants into the user's structure: positional and keyword inputs, and the target."""
+        remaining = iter(tensors)
+        wanted = (leaf for leaf in self.leaves if with_target or not leaf.is_target)
+        leaves = [next(remaining) if leaf.value else leaf.constant for leaf in wanted]
+        structure = self.structure if with_target else self.input_structure
+        (arguments, keywords), target = pytree.tree_unflatten(leaves, structure)
+        return arguments, keywords, target
+
+    def flatten(self, batch: Any, kind: pb.GraphKind) -> FlatBatch:
+        """Check a batch against the example. BatchError names the input that does not fit."""
+        with_target = self.has_target and kind != pb.GRAPH_KIND_PREDICT
+        structure = self.structure if with_target or not self.has_target else self.input_structure
+        leaves = self.leaves if with_target else tuple(leaf for leaf in self.leaves if not leaf.is_target)
+        try:
+            tree = _divided(batch, self.has_target, with_target)
+        except ModelError as error:
+            raise BatchError(error.message, expected=error.expected, got=error.got, remedy=error.remedy) from None
+        given, given_structure = pytree.tree_flatten(tree)
+        if given_structure != structure:
+            raise BatchError(
+                "The batch is built differently from the example",
+                expected=_described(leaves),
+                got=_described_tree(tree),
+                remedy="give every batch the structure of the example"
+                + (" without its target" if self.has_target and not with_target else ""),
+            )
+        rows: dict[str, int] = {}
+        values: dict[str, torch.Tensor | int | float | bool] = {}
+        for leaf, item in zip(leaves, given, strict=True):
+            tensor = _checked(leaf, item.tensor if isinstance(item, Unbatched) else item)
+            if tensor is not None:
+                values[leaf.value] = tensor.detach()
+                if leaf.batched:
+                    rows[leaf.label] = tensor.shape[0]
+        if len(set(rows.values())) > 1 or 0 in rows.values():
+            raise BatchError(
+                "The inputs of a batch have different or no rows",
+                expected="the same number of rows in dimension 0 of each, at least 1",
+                got=", ".join(f"{label}: {count}" for label, count in rows.items()),
+            )
+        batched = {leaf.value for leaf in leaves if leaf.batched}
+        return FlatBatch(rows=next(iter(rows.values())), values=values, batched=batched)
+
+
+def read_example(example: Any, has_loss: bool) -> tuple[BatchLayout, list[torch.Tensor]]:
+    """Take the layout of all batches from an example, and the example's tensors. ModelError if it is unusable."""
+    tree = _divided(example, has_loss, has_loss)
+    paths, structure = pytree.tree_flatten_with_path(tree)
+    _, input_structure = pytree.tree_flatten((tree[0], NO_TARGET))
+    leaves: list[Leaf] = []
+    tensors: list[torch.Tensor] = []
+    names: set[str] = set()
+    for path, item in paths:
+        label, is_target = _label(path, isinstance(example, Mapping))
+        tensor = item.tensor if isinstance(item, Unbatched) else item
+        if isinstance(tensor, torch.Tensor):
+            batched = tensor.dim() > 0 and not isinstance(item, Unbatched)
+            value = "batch." + re.sub(r"\W+", "_", label).strip("_")
+            while value in names:
+                value += "_"
+            names.add(value)
+            shape = tuple(tensor.shape[1:] if batched else tensor.shape)
+            leaves.append(Leaf(label, value, is_target, batched, dtype=tensor.dtype, shape=shape))
+            tensors.append(tensor.detach())
+        elif isinstance(item, _CONSTANTS):
+            leaves.append(Leaf(label, "", is_target, False, constant=item))
+        else:
+            raise ModelError(
+                f"{label} of the example cannot be part of a batch",
+                expected="tensors, numbers, strings or None, in tuples, lists and dicts",
+                got=type(item).__name__,
+                remedy="convert it to a tensor",
+            )
+    rows = {leaf.label: tensor.shape[0] for leaf, tensor in zip(_tensors(leaves), tensors, strict=True) if leaf.batched}
+    if not rows or len(set(rows.values())) > 1 or 0 in rows.values():
+        raise ModelError(
+            "The inputs of the example do not share a batch dimension",
+            expected="tensors with the same number of rows, at least 1, in dimension 0",
+            got=", ".join(f"{label}: {count} rows" for label, count in rows.items()) or "no tensor with a dimension",
+            remedy="wrap tensors whose dimension 0 is not the batch in gradwire.unbatched(...)",
+        )
+    layout = BatchLayout(structure, input_structure, tuple(leaves), has_loss, next(iter(rows.values())))
+    return layout, tensors
+
+
+def _tensors(leaves: Sequence[Leaf]) -> list[Leaf]:
+    return [leaf for leaf in leaves if leaf.value]
+
+
+def _divided(batch: Any, has_loss: bool, with_target: bool) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], Any]:
+    """Divide a batch in ((positional inputs, keyword inputs), target)."""
+    if isinstance(batch, Mapping):
+        inputs, target = dict(batch), NO_TARGET
+        if has_loss:
+            found = [key for key in TARGET_KEYS if key in inputs]
+            if with_target and not found:
+                raise ModelError(
+                    "A batch given as a dict has no target for the loss",
+                    expected=f"one of the keys {', '.join(TARGET_KEYS)}",
+                    got=", ".join(inputs),
+                    remedy="add the target under one of these keys, or give a tuple (inputs…, target)",
+                )
+            if found:
+                target = inputs.pop(found[0])
+        return ((), inputs), target if with_target else NO_TARGET
+    if not isinstance(batch, tuple | list):
+        batch = (batch,)
+    if not with_target:
+        return (tuple(batch), {}), NO_TARGET
+    if len(batch) < 2:
+        raise ModelError(
+            "A batch has no target for the loss",
+            expected="a tuple (inputs…, target)",
+            got=f"{len(batch)} element(s)",
+            remedy="add the target, or use loss=None where the model's output is the loss",
+        )
+    return (tuple(batch[:-1]), {}), batch[-1]
+
+
+def _label(path: pytree.KeyPath, keywords: bool) -> tuple[str, bool]:
+    """Name a leaf by its path in ((positional, keywords), target)."""
+    if path[0].idx == 1:  # type: ignore[attr-defined]
+        return "target" + pytree.keystr(path[1:]), True
+    first, rest = path[2], path[3:]
+    name = str(first.key) if keywords else f"input {first.idx}"  # type: ignore[attr-defined]
+    return name + pytree.keystr(rest), False
+
+
+def _checked(leaf: Leaf, item: Any) -> torch.Tensor | None:
+    if not leaf.value:
+        if type(item) is not type(leaf.constant) or item != leaf.constant:
+            raise BatchError(
+                f"{leaf.label} differs from the example, where it was built into the graph",
+                expected=repr(leaf.constant),
+                got=repr(item),
+                remedy="give it as a tensor if it changes from batch to batch",
+            )
+        return None
+    if not isinstance(item, torch.Tensor):
+        raise BatchError(
+            f"{leaf.label} is not a tensor", expected="a tensor, as in the example", got=type(item).__name__
+        )
+    if item.dtype != leaf.dtype:
+        raise BatchError(
+            f"{leaf.label} has another dtype than the example",
+            expected=str(leaf.dtype),
+            got=str(item.dtype),
+            remedy=f"convert it: tensor.to({leaf.dtype})",
+        )
+    shape = tuple(item.shape)
+    if (shape[1:] if leaf.batched else shape) != leaf.shape or (leaf.batched and not shape):
+        raise BatchError(
+            f"{leaf.label} has another shape than the example",
+            expected=_shape_text(leaf),
+            got=str(shape),
+            remedy="only the rows in dimension 0 may differ from batch to batch; pad, or make a trainer for this shape",
+        )
+    return item
+
+
+def _shape_text(leaf: Leaf) -> str:
+    return f"({', '.join(['rows'] * leaf.batched + [str(size) for size in leaf.shape])})"
+
+
+def _described(leaves: Sequence[Leaf]) -> str:
+    return ", ".join(f"{leaf.label} {_shape_text(leaf) if leaf.value else repr(leaf.constant)}" for leaf in leaves)
+
+
+def _described_tree(tree: Any) -> str:
+    def short(item: Any) -> str:
+        item = item.tensor if isinstance(item, Unbatched) else item
+        return str(tuple(item.shape)) if isinstance(item, torch.Tensor) else repr(item)
+
+    (arguments, keywords), target = pytree.tree_map(short, tree)
+    parts = [*map(str, arguments), *(f"{key}={value}" for key, value in keywords.items())]
+    return ", ".join(parts + ([f"target {target}"] if target != NO_TARGET else [])) or "nothing"

@@ -1,0 +1,85 @@
+"""Copies of the user's model for the exporter to work on, so that the model itself is never changed.
+
+A copy has module objects, modes and hooks of its own, but the same tensors. State that a forward pass keeps on its
+modules (fake tensors, during export) stays on the copy.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from gradwire_protocol.errors import ModelError
+
+Loss = Any  # a callable, a module, or None
+
+
+def copy_model(model: nn.Module, loss: Loss, *, fresh_buffers: bool = False) -> tuple[nn.Module, Loss]:
+    """Copy model and loss without their tensors. `fresh_buffers` clones what a forward pass may write to.
+
+    Parameters on the meta device become fake ones on the CPU: models take branches by device, and meta tensors
+    would lead them astray.
+    """
+    memo: dict[int, Any] = {}
+    fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    for tensor, is_parameter in _tensors(model, loss):
+        if tensor.is_meta:
+            memo[id(tensor)] = _fake_like(tensor, fake)
+        elif fresh_buffers and not is_parameter:
+            memo[id(tensor)] = tensor.detach().clone()
+        else:
+            memo[id(tensor)] = tensor
+    try:
+        return copy.deepcopy((model, loss), memo)
+    except Exception as error:
+        raise ModelError(
+            "The model cannot be copied for export",
+            got=f"{type(error).__name__}: {error}",
+            remedy="keep objects that cannot be copied (files, locks, connections) out of the model, or give the "
+            "class that holds them a __deepcopy__",
+        ) from error
+
+
+def is_on_meta(model: nn.Module) -> bool:
+    """Whether any parameter has no data."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def refuse_empty_buffers(model: nn.Module) -> None:
+    """ModelError for a buffer on the meta device that no checkpoint will fill."""
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta and name in module._non_persistent_buffers_set:
+                raise ModelError(
+                    f"Buffer '{prefix + '.' if prefix else ''}{name}' is on the meta device and in no checkpoint",
+                    expected="non-persistent buffers with their contents",
+                    got="an empty tensor",
+                    remedy="build the model on the CPU, then move only its parameters to meta",
+                )
+
+
+def _tensors(model: nn.Module, loss: Loss) -> Iterator[tuple[torch.Tensor, bool]]:
+    """Yield all tensors that hang on the modules: parameters, buffers, plain attributes."""
+    owners = [model, *([loss] if isinstance(loss, nn.Module) else [])]
+    for module in (module for owner in owners for module in owner.modules()):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                yield parameter, True
+        for buffer in module._buffers.values():
+            if buffer is not None:
+                yield buffer, False
+        for value in vars(module).values():
+            if isinstance(value, torch.Tensor):
+                yield value, isinstance(value, nn.Parameter)
+
+
+def _fake_like(tensor: torch.Tensor, fake: FakeTensorMode) -> torch.Tensor:
+    with fake:
+        copied = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    return nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied

@@ -1,0 +1,127 @@
+"""Refuses, during export, what export would drop without a word and so train wrongly.
+
+torch.export keeps forward operators only: a custom autograd function's backward, hooks on gradients, inference mode
+vanish. Errors name the place and the remedy. Patches act on the exporting thread alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from gradwire.graph.source import Location, calling_frames, location_of_caller, outside_torch
+from gradwire_protocol.errors import ModelError
+
+CUSTOM_OPERATOR = "write it with torch's own differentiable operators"
+
+
+def refuse_gradient_hooks(model: nn.Module) -> None:
+    """ModelError if a module or parameter has a hook that runs in the backward pass."""
+    for path, module in model.named_modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise _lost(f"The backward hook on {type(module).__name__}", Location(path), "remove the hook")
+    for name, parameter in model.named_parameters():
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise _lost(f"The gradient hook on parameter '{name}'", Location(name), "remove the hook")
+
+
+@contextlib.contextmanager
+def refuse_silent_losses(modules: Mapping[int, str]) -> Iterator[None]:
+    """While active, code that export would drop raises ModelError. `modules` maps module ids to names."""
+
+    def refuse(what: str, remedy: str) -> None:
+        raise _lost(what, location_of_caller(modules), remedy)
+
+    def refuse_function(function: type[torch.autograd.Function], *_: Any, **__: Any) -> None:
+        if function.__name__ == "CheckpointFunction":
+            refuse("A reentrant checkpoint", "call torch.utils.checkpoint.checkpoint with use_reentrant=False")
+        custom = function.__name__.removeprefix("GeneratedBackwardFor_")
+        kind = "autograd.Function" if custom == function.__name__ else "custom operator"
+        refuse(f"The backward of {kind} '{custom}'", CUSTOM_OPERATOR)
+
+    def refuse_hook(*_: Any, **__: Any) -> None:
+        refuse("A hook on a tensor's gradient", "remove Tensor.register_hook from the forward pass")
+
+    enter_inference = torch.inference_mode.__enter__
+
+    def refuse_inference(mode: torch.inference_mode) -> None:
+        frames = (frame for frame in calling_frames() if not frame.f_code.co_filename.endswith("_contextlib.py"))
+        caller = next(frames)
+        if outside_torch(caller.f_code):
+            refuse("An inference_mode region", "use torch.no_grad() instead")
+        enter_inference(mode)
+
+    apply = torch.autograd.Function.__dict__["apply"]
+    with (
+        _replaced(torch.autograd.Function, "apply", classmethod(_on_this_thread(refuse_function, apply.__func__))),
+        _replaced(torch.Tensor, "register_hook", _on_this_thread(refuse_hook, torch.Tensor.register_hook)),
+        _replaced(
+            torch.Tensor,
+            "register_post_accumulate_grad_hook",
+            _on_this_thread(refuse_hook, torch.Tensor.register_post_accumulate_grad_hook),
+        ),
+        _replaced(torch.inference_mode, "__enter__", _on_this_thread(refuse_inference, enter_inference)),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def trace_data_attribute() -> Iterator[None]:
+    """While active, `tensor.data` is `tensor.detach()`: the attribute would hide the tensor from tracing."""
+    original: Any = torch.Tensor.data
+    read = _on_this_thread(lambda tensor: tensor.detach(), original.__get__)
+    with _replaced(torch.Tensor, "data", property(read, original.__set__)):
+        yield
+
+
+@contextlib.contextmanager
+def record_fixed_sizes(modules: Mapping[int, str]) -> Iterator[list[Location]]:
+    """Collect the places where code makes a symbolic size a number."""
+    places: list[Location] = []
+    original = ShapeEnv._set_replacement
+
+    def set_replacement(shape_env: ShapeEnv, symbol: Any, target: Any, message: str) -> None:
+        if target.is_number:
+            places.append(location_of_caller(modules))
+        original(shape_env, symbol, target, message)
+
+    with _replaced(ShapeEnv, "_set_replacement", _on_this_thread(set_replacement, original)):
+        yield places
+
+
+@contextlib.contextmanager
+def _replaced(owner: type, name: str, replacement: Any) -> Iterator[None]:
+    """Replace an attribute of a class; what it inherits comes back by deleting the replacement."""
+    own = owner.__dict__.get(name)
+    setattr(owner, name, replacement)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
+
+
+def _on_this_thread(replacement: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    owner = threading.get_ident()
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (replacement if threading.get_ident() == owner else original)(*args, **kwargs)
+
+    return call
+
+
+def _lost(what: str, where: Location, remedy: str) -> ModelError:
+    return ModelError(
+        f"{what} would be lost in export, and the model would train wrongly, at {where}",
+        expected="a forward pass whose gradient follows from its operators",
+        got=what,
+        remedy=remedy,
+    )

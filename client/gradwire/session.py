@@ -1,0 +1,220 @@
+"""One run's connections: entries to the coordinator, batches and weights to the servers, results from them.
+
+Knows servers and messages; which entry means what is the trainer's business.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import torch
+
+from gradwire.drive import Drive
+from gradwire_protocol.delivery import FrameSender, Payload
+from gradwire_protocol.errors import GradwireError, ModelError, from_rpc_error
+from gradwire_protocol.frames import FrameAssembler, Message
+from gradwire_protocol.torch_tensors import dense, payload_of, tensor_from, tensor_info
+from gradwire_protocol.v1 import coordinator_pb2, graph_pb2, run_pb2, stage_pb2
+from gradwire_protocol.v1 import tensors_pb2 as tensors_pb
+
+Value = torch.Tensor | int | float | bool
+
+_COLLECT = "/gradwire_protocol.v1.StageService/Collect"
+# A broken link to a server mostly means that the server is gone; the coordinator then says so, and says more.
+_VERDICT_SECONDS = 15.0
+_CLOSE_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """One collected value."""
+
+    value: str
+    micro_batch: int
+    content: Value | None
+
+
+class Session:
+    """The connections of one run. Not for several threads at once, except `close`."""
+
+    def __init__(
+        self,
+        layout: coordinator_pb2.CreateRunReply,
+        *,
+        channel: Any,
+        target: str,
+        open_channel: Callable[[str], Any],
+        window: int,
+    ) -> None:
+        self._layout = layout
+        self._closed = False
+        self._drive = Drive(channel, layout.run, layout.generation, window, target)
+        self._channels: dict[str, Any] = {}
+        self._senders: dict[str, FrameSender] = {}
+        try:
+            for server in layout.servers:
+                self._channels[server.server] = open_channel(server.address)
+                self._senders[server.server] = FrameSender(
+                    self._channels[server.server], _peer(server), on_failure=self._sender_failed
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def servers(self) -> Sequence[coordinator_pb2.ServerLayout]:
+        return self._layout.servers
+
+    def reserve(self) -> int:
+        """Wait for a free place in the window; return the number of the entry to deliver for, and then to submit."""
+        return self._drive.reserve()
+
+    def submit(self, entry: run_pb2.Entry) -> Future[run_pb2.EntryResult]:
+        return self._drive.submit(entry)
+
+    def send_state(self, entry: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Deliver each tensor to every server that holds it, from the user's memory."""
+        for server in self.servers:
+            for name in server.tensors:
+                self._send(server, self._key(entry, 0, name, tensors_pb.DIRECTION_STATE), tensors[name])
+
+    def send_batch(
+        self,
+        entry: int,
+        graph: graph_pb2.GraphKind,
+        values: Mapping[str, Value],
+        batched: Iterable[str],
+        micro_batches: Sequence[run_pb2.MicroBatch],
+    ) -> None:
+        """Deliver the rows of each micro-batch to the servers whose segments read them."""
+        batched = frozenset(batched)
+        readers = [(server, use.values) for server in self.servers for use in server.inputs if use.graph == graph]
+        needed = {name for _, names in readers for name in names}
+        # Copied, because sending goes on after this returns, and the user may fill the same tensor anew.
+        whole = {name: _copied(values[name]) for name in needed}
+        for part in micro_batches:
+            rows = slice(part.first_row, part.first_row + part.rows)
+            for server, names in readers:
+                if server.replica != part.replica:
+                    continue
+                for name in names:
+                    value = whole[name]
+                    if name in batched and isinstance(value, torch.Tensor):
+                        value = value[rows]
+                    self._send(server, self._key(entry, part.index, name, tensors_pb.DIRECTION_BATCH), value)
+
+    def collect(self, entry: int, servers: Sequence[coordinator_pb2.ServerLayout]) -> list[Result]:
+        """Return all results that these servers have for an entry, when it is done everywhere."""
+        request = stage_pb2.CollectRequest(run=self._layout.run, generation=self._layout.generation, entry=entry)
+        calls = [self._collect_call(server)(request) for server in servers]
+        # At the same time: a server whose results nobody takes can hold the others up.
+        with ThreadPoolExecutor(max(1, len(calls)), thread_name_prefix="collect") as pool:
+            try:
+                parts = list(pool.map(self._read_results, servers, calls))
+            except BaseException:
+                for call in calls:
+                    call.cancel()
+                raise
+        return [result for part in parts for result in part]
+
+    def close(self) -> None:
+        """End the run and close all connections. Idempotent."""
+        self._closed = True
+        self._drive.close(_CLOSE_SECONDS)
+        for sender in self._senders.values():
+            sender.cancel()
+        for channel in self._channels.values():
+            channel.close()
+
+    def _key(self, entry: int, micro_batch: int, value: str, direction: tensors_pb.Direction) -> tensors_pb.MessageKey:
+        return tensors_pb.MessageKey(
+            run=self._layout.run,
+            generation=self._layout.generation,
+            entry=entry,
+            micro_batch=micro_batch,
+            value=value,
+            direction=direction,
+        )
+
+    def _send(self, server: coordinator_pb2.ServerLayout, key: tensors_pb.MessageKey, value: Value) -> None:
+        header, payload = _message(key, value)
+        try:
+            self._senders[server.server].send(header, payload)
+        except GradwireError as error:
+            raise self._verdict(error) from None
+
+    def _collect_call(self, server: coordinator_pb2.ServerLayout) -> Any:
+        return self._channels[server.server].unary_stream(
+            _COLLECT, request_serializer=stage_pb2.CollectRequest.SerializeToString, response_deserializer=None
+        )
+
+    def _read_results(self, server: coordinator_pb2.ServerLayout, call: Any) -> list[Result]:
+        assembler = FrameAssembler()
+        results = []
+        try:
+            for frame in call:
+                message = assembler.feed(frame)
+                if message is not None:
+                    key = message.header.key
+                    results.append(Result(key.value, key.micro_batch, _content(message)))
+        except grpc.RpcError as error:
+            raise self._verdict(from_rpc_error(error, target=_peer(server))) from None
+        return results
+
+    def _sender_failed(self, error: GradwireError) -> None:
+        """Called on a sender's thread: the run cannot go on, but leave the coordinator time to say why."""
+        if self._closed:
+            return
+
+        def end_run() -> None:
+            self._drive.fail(self._verdict(error))
+
+        threading.Thread(target=end_run, name="verdict", daemon=True).start()
+
+    def _verdict(self, error: GradwireError) -> GradwireError:
+        """Return the run's one failure: the coordinator's, if it gives one in time, else `error`."""
+        return self._drive.wait_failure(_VERDICT_SECONDS) or error
+
+
+def _peer(server: coordinator_pb2.ServerLayout) -> str:
+    stages = ", ".join(map(str, server.stages))
+    return f"stage {stages} on {server.server} at {server.address}"
+
+
+def _copied(value: Value) -> Value:
+    return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
+
+
+def _message(key: tensors_pb.MessageKey, value: Value) -> tuple[tensors_pb.TensorHeader, Payload]:
+    """Return header and payload. A tensor on another device is copied to the host when its turn comes."""
+    if isinstance(value, bool):
+        return tensors_pb.TensorHeader(key=key, boolean=value), None
+    if isinstance(value, int):
+        return tensors_pb.TensorHeader(key=key, integer=value), None
+    if isinstance(value, float):
+        return tensors_pb.TensorHeader(key=key, real=value), None
+    if value.is_meta:
+        raise ModelError(
+            f"{key.value} has no contents: it is on the meta device",
+            expected="a model with its weights in memory",
+            remedy="materialise the model (model.to_empty, then its initialisation) before making the trainer",
+        )
+    tensor = dense(value.detach())
+    header = tensors_pb.TensorHeader(key=key, tensor=tensor_info(tensor))
+    return header, lambda: payload_of(tensor.cpu())
+
+
+def _content(message: Message) -> Value | None:
+    """Return what a message carries, as the user's own: a copy that may be written to."""
+    kind = message.header.WhichOneof("value")
+    if kind == "tensor":
+        return tensor_from(message).clone()
+    if kind == "absent":
+        return None
+    content: Value = getattr(message.header, str(kind))
+    return content

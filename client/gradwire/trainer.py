@@ -1,0 +1,309 @@
+"""The trainer: what a training loop calls. Turns batches into entries of the run's log, and results into values.
+
+Leaves connections to session.py, the graph to gradwire.graph, and the optimizer's reading to optimizers.py.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+import grpc
+import torch
+from torch import nn
+
+from gradwire.batches import Batch, as_arguments, batches_of, length_of, micro_batches
+from gradwire.calls import coordinator_stub
+from gradwire.graph import ExportedModel, FlatBatch, export_model
+from gradwire.optimizers import OptimizerReader
+from gradwire.outputs import join_outputs
+from gradwire.plan import Plan
+from gradwire.progress import ProgressBar, is_terminal
+from gradwire.results import StepResult, step_result
+from gradwire.session import Session
+from gradwire.state import StateNames
+from gradwire_protocol.errors import (
+    DataError,
+    ModelError,
+    OptimizerError,
+    PlanError,
+    SettingsError,
+    from_rpc_error,
+)
+from gradwire_protocol.v1 import coordinator_pb2, graph_pb2, run_pb2
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from gradwire.cluster import Cluster
+
+# Segments are built in it, on all servers at once; a model of a billion parameters takes some seconds.
+_CREATE_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class _OpenStep:
+    step: int
+    rows: int
+    future: Future[run_pb2.EntryResult]
+
+    def wait(self) -> StepResult:
+        return step_result(self.step, self.rows, self.future.result())
+
+
+class Trainer:
+    """Trains one model on a cluster; made by `cluster.trainer(...)`. A context manager; for one thread at a time.
+
+    Once made, it holds no weights: neither the model nor the optimizer is kept alive by it. A failure ends the run:
+    every call from then on raises that one error.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        loss: Callable[..., Any] | nn.Module | None,
+        example: tuple[Any, ...] | Mapping[str, Any],
+        plan: Plan,
+        seed: int,
+        max_grad_norm: float | None,
+        precision: str | None,
+        description: str,
+    ) -> None:
+        _check_arguments(model, plan, seed, max_grad_norm, precision)
+        batch = as_arguments(example)
+        self._plan = plan
+        self._max_grad_norm = max_grad_norm
+        self._step = 0
+        self._last_entry = 0
+        self._exported = export_model(model, loss, batch)
+        self._proto = self._exported.proto
+        tensors = dict(self._exported.tensors)
+        self._optimizer = OptimizerReader(optimizer, model, tensors)
+        rows = self._exported.flatten_batch(batch, graph_pb2.GRAPH_KIND_TRAIN).rows
+        request = coordinator_pb2.CreateRunRequest(
+            model=self._proto,
+            plan=plan.to_proto(rows=rows, cut_before=self._exported.cut_before),
+            optimizer=self._optimizer.describe(),
+            seed=seed,
+            description=description or type(model).__name__,
+        )
+        self._layout = _create_run(cluster, request)
+        owned = (name for server in self._layout.servers for name in server.owned_tensors)
+        self._names = StateNames(model, self._proto.tensors, owned)
+        self._session = Session(
+            self._layout,
+            channel=cluster.channel,
+            target=cluster.target,
+            open_channel=cluster.open_channel,
+            window=plan.window,
+        )
+        try:
+            self._send_state(tensors)
+        except BaseException:
+            self.close()
+            raise
+        # From here on the weights are the servers'.
+        self._exported.tensors.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def run_id(self) -> str:
+        """The run's identifier, as the coordinator shows it."""
+        return self._layout.run
+
+    @property
+    def plan(self) -> coordinator_pb2.PlanSummary:
+        """The plan as it is carried out: schedule, and each stage's nodes, modules, parameters and estimates."""
+        return self._layout.plan
+
+    @property
+    def exported(self) -> ExportedModel:
+        """The model as data, without its weights."""
+        return self._exported
+
+    def step(self, *args: Any, **kwargs: Any) -> StepResult:
+        """Train on one batch, given as the model's example was; return when the step is done."""
+        return self._dispatch_step(args or kwargs).wait()
+
+    def run(
+        self,
+        loader: Iterable[Any],
+        *,
+        steps: int | None = None,
+        scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+        progress: bool | None = None,
+    ) -> Iterator[StepResult]:
+        """Train on the loader's batches, keeping up to `window` steps in flight; yield each step's result, in order.
+
+        steps: how many; the loader is begun anew when it ends. None: once through the loader. scheduler: advanced when
+        a step is dispatched, after its hyperparameters were read. progress: a bar on standard error; None: if that is a
+        terminal. `evaluate` inside the loop follows the last step dispatched, which is ahead of the last one yielded.
+        """
+        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 0):
+            raise SettingsError("steps is not valid", expected="a whole number, 0 or more, or None", got=repr(steps))
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise OptimizerError(
+                "ReduceLROnPlateau needs a metric, which is not known when a step is dispatched",
+                remedy="leave scheduler out, and call scheduler.step(metric) yourself",
+            )
+        results = self._run(loader, steps, scheduler)
+        if progress is False or (progress is None and not is_terminal()):
+            return results
+        return _with_progress(results, steps if steps is not None else length_of(loader))
+
+    def _run(
+        self, loader: Iterable[Any], steps: int | None, scheduler: torch.optim.lr_scheduler.LRScheduler | None
+    ) -> Iterator[StepResult]:
+        in_flight: deque[_OpenStep] = deque()
+        for batch in batches_of(loader, steps):
+            if len(in_flight) == self._plan.window:
+                yield in_flight.popleft().wait()
+            in_flight.append(self._dispatch_step(as_arguments(batch)))
+            if scheduler is not None:
+                scheduler.step()
+        while in_flight:
+            yield in_flight.popleft().wait()
+
+    def evaluate(self, loader: Iterable[Any]) -> float:
+        """Return the mean loss over all samples of the loader's batches, in evaluation mode; changes nothing."""
+        in_flight: deque[Future[run_pb2.EntryResult]] = deque()
+        total = weight = 0.0
+        for batch in batches_of(loader, None):
+            flat = self._flatten(as_arguments(batch), graph_pb2.GRAPH_KIND_EVALUATE)
+            if len(in_flight) == self._plan.window:
+                result = in_flight.popleft().result()
+                total, weight = total + result.loss * result.weight, weight + result.weight
+            parts = micro_batches(flat.rows, self._plan.microbatches)
+            entry = run_pb2.Entry(evaluate=run_pb2.Evaluate(micro_batches=parts))
+            in_flight.append(self._dispatch(entry, flat, graph_pb2.GRAPH_KIND_EVALUATE, parts)[1])
+        for future in in_flight:
+            result = future.result()
+            total, weight = total + result.loss * result.weight, weight + result.weight
+        if weight == 0:
+            raise DataError("There is nothing to evaluate", expected="batches whose loss has a weight above 0", got="0")
+        return total / weight
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the model's output for one batch without targets, in evaluation mode, with the current weights."""
+        if not self._proto.HasField("predict"):
+            raise ModelError(
+                "The model has no output to predict: its output is the loss",
+                remedy="give the loss apart from the model: loss=(output, target) -> scalar",
+            )
+        flat = self._flatten(args or kwargs, graph_pb2.GRAPH_KIND_PREDICT)
+        parts = micro_batches(flat.rows, self._plan.microbatches)
+        entry = run_pb2.Entry(predict=run_pb2.Predict(micro_batches=parts))
+        number, future = self._dispatch(entry, flat, graph_pb2.GRAPH_KIND_PREDICT, parts)
+        servers = [server for server in self._layout.servers if server.results]
+        results = self._session.collect(number, servers)
+        future.result()
+        return self._exported.unflatten_output(join_outputs(self._proto.predict.outputs, results, len(parts)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the current weights on the CPU under exactly the keys of `model.state_dict()`.
+
+        Tied keys share one tensor.
+        """
+        number = self._session.reserve()
+        future = self._session.submit(run_pb2.Entry(number=number, fetch_state=run_pb2.FetchState()))
+        return self._names.assemble(self._collect_tensors(number, future))
+
+    def step_with_gradients(self, *args: Any, **kwargs: Any) -> tuple[StepResult, dict[str, torch.Tensor]]:
+        """Train on one batch, and return also the gradients that the optimizer saw, by parameter name.
+
+        Parameters that the loss does not depend on are missing. Tied parameters stand under their first name.
+        """
+        step = self._dispatch_step(args or kwargs, return_gradients=True)
+        gradients = self._collect_tensors(self._last_entry, step.future)
+        return step.wait(), gradients
+
+    def close(self) -> None:
+        """End the run and free its servers. Idempotent."""
+        self._session.close()
+
+    def _send_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        number = self._session.reserve()
+        self._session.send_state(number, tensors)
+        entry = run_pb2.Entry(number=number, load_state=run_pb2.LoadState())
+        self._session.submit(entry).result()
+
+    def _dispatch_step(self, batch: Batch, *, return_gradients: bool = False) -> _OpenStep:
+        flat = self._flatten(batch, graph_pb2.GRAPH_KIND_TRAIN)
+        parts = micro_batches(flat.rows, self._plan.microbatches)
+        train_step = run_pb2.TrainStep(
+            step=self._step + 1,
+            micro_batches=parts,
+            hyperparameters=self._optimizer.hyperparameters(),
+            max_gradient_norm=self._max_grad_norm,
+            return_gradients=return_gradients,
+        )
+        entry = run_pb2.Entry(train_step=train_step)
+        self._last_entry, future = self._dispatch(entry, flat, graph_pb2.GRAPH_KIND_TRAIN, parts)
+        self._step += 1
+        self._optimizer.mark_dispatched()
+        return _OpenStep(self._step, flat.rows, future)
+
+    def _dispatch(
+        self, entry: run_pb2.Entry, flat: FlatBatch, graph: graph_pb2.GraphKind, parts: list[run_pb2.MicroBatch]
+    ) -> tuple[int, Future[run_pb2.EntryResult]]:
+        entry.number = self._session.reserve()
+        self._session.send_batch(entry.number, graph, flat.values, flat.batched, parts)
+        return entry.number, self._session.submit(entry)
+
+    def _flatten(self, batch: Batch, graph: graph_pb2.GraphKind) -> FlatBatch:
+        return self._exported.flatten_batch(batch, graph)
+
+    def _collect_tensors(self, number: int, future: Future[run_pb2.EntryResult]) -> dict[str, torch.Tensor]:
+        servers = [server for server in self._layout.servers if server.owned_tensors]
+        results = self._session.collect(number, servers)
+        future.result()
+        return {result.value: result.content for result in results if isinstance(result.content, torch.Tensor)}
+
+
+def _create_run(cluster: Cluster, request: coordinator_pb2.CreateRunRequest) -> coordinator_pb2.CreateRunReply:
+    stub = coordinator_stub(cluster.channel)
+    try:
+        layout: coordinator_pb2.CreateRunReply = stub.CreateRun(request, timeout=_CREATE_SECONDS)
+    except grpc.RpcError as error:
+        raise from_rpc_error(error, target=cluster.target) from None
+    return layout
+
+
+def _check_arguments(model: Any, plan: Any, seed: Any, max_grad_norm: Any, precision: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise ModelError("The model is not a module", expected="a torch.nn.Module", got=repr(type(model)))
+    if not isinstance(plan, Plan):
+        raise PlanError("The plan is not a plan", expected="gradwire.Plan(...)", got=repr(plan))
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise SettingsError("seed is not valid", expected="a whole number, 0 to 2**63 − 1", got=repr(seed))
+    if max_grad_norm is not None:
+        number = isinstance(max_grad_norm, int | float) and not isinstance(max_grad_norm, bool)
+        if not number or not max_grad_norm > 0:
+            raise SettingsError("max_grad_norm is not valid", expected="a number above 0", got=repr(max_grad_norm))
+    if precision is not None:
+        raise PlanError(
+            f"precision={precision!r} cannot be carried out by this version",
+            expected="None: the parameters' own data type",
+            got=repr(precision),
+            remedy="leave precision out, or convert the model (model.bfloat16())",
+        )
+
+
+def _with_progress(results: Iterator[StepResult], total: int | None) -> Iterator[StepResult]:
+    with ProgressBar(total) as bar:
+        for result in results:
+            bar.show(result, f"{result.samples_per_second:.1f} samples/s")
+            yield result

@@ -1,0 +1,196 @@
+"""Equality: one training step on a cluster against the same step in this process.
+
+Tolerances: in float64, 1e-10 for loss, gradients and updated weights. In float32, 1e-5 for loss and gradients, while
+weights are shown but not judged: Adam divides rounding by rounding, so that only a float64 run can judge them.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from gradwire.reference import reference_step
+from gradwire_protocol.errors import ModelError
+
+if TYPE_CHECKING:
+    from gradwire.cluster import Cluster
+    from gradwire.plan import Plan
+
+_TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """How far one tensor is from the reference: the largest difference ÷ the tensor's largest reference value."""
+
+    name: str
+    relative: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What the comparison found. Differences are sorted, largest first; `equal` is the verdict."""
+
+    data_type: str
+    tolerance: float
+    loss: float
+    reference_loss: float
+    gradients: tuple[Difference, ...]
+    weights: tuple[Difference, ...]
+    weights_judged: bool
+    # Parameters that have a gradient on one side only.
+    mismatched: tuple[str, ...]
+
+    @property
+    def loss_difference(self) -> float:
+        """Relative difference of the losses."""
+        return abs(self.loss - self.reference_loss) / max(abs(self.reference_loss), torch.finfo(torch.float32).tiny)
+
+    @property
+    def gradient_difference(self) -> float:
+        """The largest of the gradients' differences."""
+        return self.gradients[0].relative if self.gradients else 0.0
+
+    @property
+    def weight_difference(self) -> float:
+        """The largest of the updated weights' and buffers' differences."""
+        return self.weights[0].relative if self.weights else 0.0
+
+    @property
+    def equal(self) -> bool:
+        """Whether everything that is judged lies within the tolerance."""
+        judged = [self.loss_difference, self.gradient_difference]
+        if self.weights_judged:
+            judged.append(self.weight_difference)
+        return not self.mismatched and all(difference <= self.tolerance for difference in judged)
+
+    def __str__(self) -> str:
+        weights = f", updated weights {self.weight_difference:.1e}" if self.weights_judged else ""
+        verdict = "equal to one process" if self.equal else "NOT EQUAL to one process"
+        text = (
+            f"{self.data_type}: {verdict}; largest relative differences: loss {self.loss_difference:.1e}, "
+            f"gradients {self.gradient_difference:.1e}{weights} (allowed {self.tolerance:.0e})"
+        )
+        if self.mismatched:
+            text += f"; gradients on one side only: {', '.join(self.mismatched[:5])}"
+        return text
+
+
+def verify(
+    cluster: Cluster,
+    model: nn.Module,
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    *,
+    loss: Callable[..., Any] | nn.Module | None,
+    batch: tuple[Any, ...] | Mapping[str, Any],
+    plan: Plan,
+    max_grad_norm: float | None = None,
+) -> Verification:
+    """Train one step on the cluster and one here, from the same weights on the same batch, and compare.
+
+    make_optimizer: called with each side's copy of the model, of which each has its own. The model itself is not
+    changed; its parameters are float64 or float32. ModelError if it draws random numbers in training (dropout): eager
+    mode draws others than the cluster.
+    """
+    data_type = _data_type(model)
+    distributed, eager = copy.deepcopy(model), copy.deepcopy(model)
+    with cluster.trainer(
+        distributed,
+        make_optimizer(distributed),
+        loss=loss,
+        example=batch,
+        plan=plan,
+        max_grad_norm=max_grad_norm,
+        description="verification",
+    ) as trainer:
+        result, gradients = trainer.step_with_gradients(*_positional(batch), **_keywords(batch))
+        weights, exported = trainer.state_dict(), trainer.exported
+    reference_loss, reference_gradients = reference_step(
+        eager,
+        make_optimizer(eager),
+        loss,
+        exported,
+        batch,
+        micro_batches=plan.microbatches,
+        max_grad_norm=max_grad_norm,
+    )
+    tolerance = _TOLERANCES[data_type]
+    return Verification(
+        data_type=str(data_type).removeprefix("torch."),
+        tolerance=tolerance,
+        loss=result.loss,
+        reference_loss=reference_loss,
+        gradients=differences(gradients, reference_gradients, tolerance),
+        # Tied names once; buffers count as weights.
+        weights=differences(
+            weights, {**dict(eager.named_parameters()), **dict(eager.named_buffers())}, tolerance, reference_gradients
+        ),
+        weights_judged=data_type is torch.float64,
+        mismatched=tuple(sorted(gradients.keys() ^ reference_gradients.keys())),
+    )
+
+
+def differences(
+    tensors: Mapping[str, torch.Tensor],
+    references: Mapping[str, torch.Tensor],
+    tolerance: float,
+    gradients: Mapping[str, torch.Tensor] | None = None,
+) -> tuple[Difference, ...]:
+    """Return the relative difference of each floating tensor that both have, largest first.
+
+    The scale is the tensor's largest reference value, but at least what rounding of the largest value of all tensors
+    can amount to: a gradient that is zero but for rounding (of a bias before a normalisation) has no scale of its own.
+    gradients: leave out elements whose gradient is not above that floor: their update is rounding divided by rounding.
+    """
+    names = [name for name in references if name in tensors and references[name].is_floating_point()]
+    floor = _rounding_floor(references, names, tolerance)
+    gradient_floor = _rounding_floor(gradients, list(gradients), tolerance) if gradients is not None else 0.0
+    found = []
+    for name in names:
+        reference = references[name].detach().double().cpu()
+        difference = tensors[name].double() - reference
+        if gradients is not None and name in gradients:
+            difference = difference[gradients[name].abs() > gradient_floor]
+        scale = max(_largest(reference), floor)
+        largest = _largest(difference)
+        found.append(Difference(name=name, relative=largest / scale if scale > 0 else largest))
+    # NaN sorts first: it is a difference.
+    return tuple(sorted(found, key=lambda item: (not math.isnan(item.relative), -item.relative)))
+
+
+def _rounding_floor(tensors: Mapping[str, torch.Tensor], names: Iterable[str], tolerance: float) -> float:
+    """Return the value whose rounding, relative to it, is the tolerance, given that of the largest value of all."""
+    return max(
+        (_largest(tensors[name].detach()) * torch.finfo(tensors[name].dtype).eps / tolerance for name in names),
+        default=0.0,
+    )
+
+
+def _largest(tensor: torch.Tensor) -> float:
+    return tensor.abs().max().item() if tensor.numel() else 0.0
+
+
+def _data_type(model: nn.Module) -> torch.dtype:
+    types = {parameter.dtype for parameter in model.parameters()}
+    if len(types) != 1 or not types <= _TOLERANCES.keys():
+        raise ModelError(
+            "The comparison needs parameters of one type",
+            expected="float64 or float32",
+            got=", ".join(sorted(map(str, types))) or "no parameters",
+            remedy="convert a copy: copy.deepcopy(model).double()",
+        )
+    return types.pop()
+
+
+def _positional(batch: tuple[Any, ...] | Mapping[str, Any]) -> tuple[Any, ...]:
+    return () if isinstance(batch, Mapping) else tuple(batch)
+
+
+def _keywords(batch: tuple[Any, ...] | Mapping[str, Any]) -> dict[str, Any]:
+    return dict(batch) if isinstance(batch, Mapping) else {}

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from gradwire.plan import Plan
+from gradwire_protocol.errors import PlanError
+
+
+def no_modules(path: str) -> int:
+    raise PlanError(f"no module {path}")
+
+
+def test_defaults_are_the_documented_ones() -> None:
+    assert dataclasses.asdict(Plan()) == {
+        "stages": 1,
+        "replicas": 1,
+        "tensor": 1,
+        "microbatches": 8,
+        "schedule": "auto",
+        "exchange": "ring",
+        "compression": "none",
+        "activation_compression": "none",
+        "zero": "auto",
+        "recompute": False,
+        "virtual_stages": 1,
+        "window": 2,
+        "transport": "auto",
+        "cuts": None,
+    }
+
+
+def test_is_frozen_and_keyword_only() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Plan().stages = 2  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        Plan(2)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("stages", 0),
+        ("stages", 2.0),
+        ("stages", True),
+        ("microbatches", -1),
+        ("window", 0),
+        ("window", 17),
+        ("replicas", 0),
+        ("recompute", 1),
+        ("cuts", "layers.1"),
+        ("cuts", [True]),
+        ("cuts", [0]),
+        ("cuts", [1.5]),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_was_expected(field: str, value: Any) -> None:
+    with pytest.raises(PlanError) as caught:
+        Plan(**{"stages": 2, field: value})
+    assert caught.value.expected
+    assert caught.value.got or field == "cuts"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "supported"),
+    [
+        ("replicas", 2, "1"),
+        ("tensor", 2, "1"),
+        ("virtual_stages", 2, "1"),
+        ("recompute", True, "False"),
+        ("schedule", "zb-h1", "'1f1b'"),
+        ("schedule", "interleaved-1f1b", "'gpipe'"),
+        ("exchange", "parameter-server", "'ring'"),
+        ("compression", "topk(density=0.01)", "'none'"),
+        ("activation_compression", "fp16", "'none'"),
+        ("transport", "nccl", "'grpc'"),
+        ("transport", "gloo", "'auto'"),
+    ],
+)
+def test_what_is_not_carried_out_yet_says_what_is(field: str, value: Any, supported: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        Plan(**{field: value})
+    assert field in caught.value.message
+    assert supported in caught.value.expected
+    assert caught.value.remedy
+
+
+def test_the_number_of_cuts_must_fit_the_stages() -> None:
+    with pytest.raises(PlanError, match="2 cuts for 3 stages"):
+        Plan(stages=3, cuts=[4])
+
+
+def test_cuts_by_module_become_positions() -> None:
+    plan = Plan(stages=3, cuts=["layers.1", 9], microbatches=4, window=3, schedule="gpipe")
+    message = plan.to_proto(rows=12, cut_before={"layers.1": 5}.__getitem__)
+    assert list(message.cuts) == [5, 9]
+    assert (message.stages, message.micro_batches, message.window, message.schedule) == (3, 4, 3, "gpipe")
+    assert message.expected_rows == 12
+
+
+def test_cuts_that_do_not_rise_are_refused() -> None:
+    with pytest.raises(PlanError, match="do not leave nodes for every stage"):
+        Plan(stages=3, cuts=["layers.1", 5]).to_proto(rows=1, cut_before={"layers.1": 5}.__getitem__)
+
+
+def test_without_cuts_the_coordinator_chooses() -> None:
+    assert not Plan(stages=3).to_proto(rows=1, cut_before=no_modules).cuts
