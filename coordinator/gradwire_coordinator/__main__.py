@@ -14,7 +14,7 @@ from gradwire_coordinator.log import RunLog
 from gradwire_coordinator.metrics import Metrics
 from gradwire_coordinator.registry import Registry
 from gradwire_coordinator.service import Coordinator
-from gradwire_coordinator.settings import CoordinatorSettings, load_settings
+from gradwire_coordinator.settings import CoordinatorSettings, load_coordinator_settings
 from gradwire_protocol.channels import open_channel
 from gradwire_protocol.errors import GradwireError
 from gradwire_protocol.serving import Service, ServiceSettings, configure_logging, exit_in_time, watch_stdin
@@ -89,7 +89,7 @@ def command(
         "insecure": insecure,
     }
     try:
-        serve(load_settings(flags, config), ready_fd)
+        serve(load_coordinator_settings(flags, config), ready_fd)
     except GradwireError as error:
         typer.echo(f"gradwire-coordinator: {error}", err=True)
         raise typer.Exit(2) from error
@@ -99,7 +99,9 @@ def command(
 def main() -> None:
     """Entry point of the command."""
     configure_logging()
-    typer.run(command)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(command)
+    app()
 
 
 if __name__ == "__main__":

@@ -41,9 +41,9 @@ def serve(
         watch_stdin()
     try:
         # Imports come here, not above: torch takes a second, while the parent is watched and settings are checked.
-        from gradwire_stage.settings import load_settings
+        from gradwire_stage.settings import load_stage_settings
 
-        settings = load_settings(flags, file)
+        settings = load_stage_settings(flags, file)
         from gradwire_stage.server import run_server
 
         run_server(settings)
@@ -56,7 +56,9 @@ def main() -> None:
     allocator.configure()
     configure_logging()
     try:
-        typer.run(serve)
+        app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        app.command()(serve)
+        app()
     finally:
         exit_in_time()
 

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic import Field, field_validator
+from pydantic_settings import SettingsConfigDict
 
 from gradwire_protocol.channels import TlsFiles, parse_address
-from gradwire_protocol.errors import GradwireError, SettingsError
+from gradwire_protocol.errors import GradwireError
 from gradwire_protocol.serving import ServiceSettings
+from gradwire_protocol.settings import Settings, load_settings, tls_files
 
 # Each stream of tensors, in either traffic class, keeps a thread of the pool while it is open.
 _WORKERS = 512
 
 
-class StageSettings(BaseSettings):
+class StageSettings(Settings):
     """Settings of one stage server. Sizes are in bytes; 0 means a share of the device's memory."""
 
-    model_config = SettingsConfigDict(env_prefix="GRADWIRE_STAGE_", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="GRADWIRE_STAGE_")
 
     listen: str = "127.0.0.1:0"
     advertise: str = ""
@@ -53,30 +53,10 @@ class StageSettings(BaseSettings):
     def _is_address_or_empty(cls, address: str) -> str:
         return _checked(address) if address else address
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings
-
-    @model_validator(mode="after")
-    def _has_all_tls_files_or_none(self) -> StageSettings:
-        files = (self.tls_authority, self.tls_certificate, self.tls_key)
-        if any(files) and not all(files):
-            raise ValueError("TLS needs three files: authority, certificate and key")
-        return self
-
     @property
     def tls(self) -> TlsFiles | None:
-        """The TLS files; None for plaintext."""
-        if self.tls_authority and self.tls_certificate and self.tls_key:
-            return TlsFiles(authority=self.tls_authority, certificate=self.tls_certificate, key=self.tls_key)
-        return None
+        """The TLS files; None for plaintext. SettingsError if some are missing."""
+        return tls_files(self.tls_authority, self.tls_certificate, self.tls_key)
 
     def service(self) -> ServiceSettings:
         """Return what concerns every service alike."""
@@ -99,29 +79,6 @@ def _checked(address: str) -> str:
     return address
 
 
-def load_settings(flags: dict[str, Any], file: Path | None) -> StageSettings:
+def load_stage_settings(flags: dict[str, Any], file: Path | None) -> StageSettings:
     """Merge the sources; flags that were not given (None) leave the choice to the others. SettingsError."""
-    given = {name: value for name, value in flags.items() if value is not None}
-    kind: type[StageSettings] = StageSettings
-    if file is not None:
-        if not file.is_file():
-            raise SettingsError(f"There is no settings file {file}")
-
-        class _WithFile(StageSettings):
-            @classmethod
-            def settings_customise_sources(
-                cls, settings_cls: type[BaseSettings], *args: Any, **sources: Any
-            ) -> tuple[PydanticBaseSettingsSource, ...]:
-                first = super().settings_customise_sources(settings_cls, *args, **sources)
-                return *first, TomlConfigSettingsSource(settings_cls, toml_file=file)
-
-        kind = _WithFile
-    try:
-        return kind(**given)
-    except tomllib.TOMLDecodeError as error:
-        raise SettingsError(f"The settings file {file} is not TOML", got=str(error)) from error
-    except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, item['loc'])) or 'settings'}: {item['msg']}" for item in error.errors()
-        )
-        raise SettingsError("The settings of the stage server are wrong", got=problems) from error
+    return load_settings(StageSettings, flags, file)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gradwire.job.settings import JobSettings, load_settings, reference_values, tls_files, write_toml
+from gradwire.job.settings import JobSettings, load_job_settings, reference_values, write_toml
 from gradwire_protocol.errors import SettingsError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -21,7 +21,7 @@ def _no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_defaults_are_the_reference_jobs_file() -> None:
     committed = tomllib.loads((REPOSITORY / "examples" / "reference.toml").read_text())
     assert reference_values() == committed
-    settings = load_settings({}).model_dump()
+    settings = load_job_settings({}).model_dump()
     assert {name: settings[name] for name in committed} == committed
 
 
@@ -35,7 +35,7 @@ def test_flags_over_environment_over_file_over_reference(tmp_path: Path, monkeyp
     file.write_text("steps = 5\nlayers = 6\nwidth = 64\n")
     monkeypatch.setenv("GRADWIRE_STEPS", "7")
     monkeypatch.setenv("GRADWIRE_LAYERS", "3")
-    settings = load_settings({"steps": 9, "layers": None}, file)
+    settings = load_job_settings({"steps": 9, "layers": None}, file)
     assert (settings.steps, settings.layers, settings.width) == (9, 3, 64)
     assert settings.batch == reference_values()["batch"]
 
@@ -46,7 +46,7 @@ def test_flags_over_environment_over_file_over_reference(tmp_path: Path, monkeyp
 )
 def test_a_wrong_flag_is_named(flags: dict[str, Any], named: str) -> None:
     with pytest.raises(SettingsError) as caught:
-        load_settings(flags)
+        load_job_settings(flags)
     assert named in caught.value.got
     assert caught.value.remedy
 
@@ -54,36 +54,18 @@ def test_a_wrong_flag_is_named(flags: dict[str, Any], named: str) -> None:
 def test_a_wrong_environment_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRADWIRE_BATCH", "many")
     with pytest.raises(SettingsError, match="batch"):
-        load_settings({})
+        load_job_settings({})
 
 
 def test_an_unknown_key_of_the_file_is_named(tmp_path: Path) -> None:
     file = tmp_path / "job.toml"
     file.write_text("stepz = 5\n")
     with pytest.raises(SettingsError, match="stepz"):
-        load_settings({}, file)
-
-
-@pytest.mark.parametrize("content", [None, "steps = = 5"])
-def test_an_unreadable_file_is_refused(tmp_path: Path, content: str | None) -> None:
-    file = tmp_path / "job.toml"
-    if content is not None:
-        file.write_text(content)
-    with pytest.raises(SettingsError, match="cannot be read"):
-        load_settings({}, file)
+        load_job_settings({}, file)
 
 
 def test_written_settings_load_again(tmp_path: Path) -> None:
-    settings = load_settings({"data": tmp_path / 'a "quoted" folder', "lr": 1e-3, "check": False})
+    settings = load_job_settings({"data": tmp_path / 'a "quoted" folder', "lr": 1e-3, "check": False})
     file = tmp_path / "settings.toml"
     file.write_text(write_toml(settings.model_dump()))
-    assert load_settings({}, file) == settings
-
-
-def test_tls_takes_all_files_or_none(tmp_path: Path) -> None:
-    assert tls_files(None, None, None) is None
-    files = tls_files(tmp_path / "a", tmp_path / "c", tmp_path / "k")
-    assert files is not None
-    assert files.key == tmp_path / "k"
-    with pytest.raises(SettingsError, match="three files"):
-        tls_files(tmp_path / "a", None, None)
+    assert load_job_settings({}, file) == settings

@@ -57,3 +57,11 @@ def test_regenerating_the_stubs_changes_nothing(tmp_path):
             assert not committed.exists(), f"{made.name} serves nothing"
         else:
             assert committed.read_text() == made.read_text(), f"{made.name} is stale: run `make protos`"
+
+
+def test_the_readme_prints_the_quickstart_as_it_is():
+    """A test of the SDK runs that file: what a newcomer copies works."""
+    readme = (ROOT / "README.md").read_text()
+    printed = readme.split("```python\n")[1].split("```")[0]
+    _, _, code = (ROOT / "examples/quickstart.py").read_text().partition('"""\n\n')
+    assert printed == code

@@ -123,11 +123,13 @@ def describe_beginning(beginning: Beginning) -> Iterator[str]:
         f"model: {beginning.parameters:,} parameters; schedule {plan.schedule}, {plan.micro_batches} micro-batches, "
         f"theoretical bubble {plan.theoretical_bubble_ratio:.1%}"
     )
+    last = len(plan.stages) - 1
     for stage in plan.stages:
-        yield (
-            f"  stage {stage.stage}: {stage.first_module or '(model)'} … {stage.last_module or '(model)'}, "
-            f"{stage.parameters:,} parameters, {stage.boundary_bytes / 2**20:.2f} MiB to the next a step"
-        )
+        # Nodes of the model's own forward, or of the loss, have no module path.
+        first_module = stage.first_module or ("the model's inputs" if stage.stage == 0 else "the model")
+        last_module = stage.last_module or ("the loss" if stage.stage == last else "the model")
+        sent = f", {stage.boundary_bytes / 2**20:.2f} MiB a step to later stages" if stage.stage < last else ""
+        yield f"  stage {stage.stage}: {first_module} … {last_module}, {stage.parameters:,} parameters{sent}"
 
 
 def describe_validation(validation: Validation) -> str:

@@ -11,8 +11,8 @@ from rich.table import Table
 
 from gradwire.cli.options import Coordinator, Insecure, TlsAuthority, TlsCertificate, TlsKey
 from gradwire.cluster import connect
-from gradwire.job.settings import tls_files
 from gradwire.plain import to_plain
+from gradwire_protocol.settings import tls_files
 from gradwire_protocol.v1 import coordinator_pb2, stage_pb2
 
 

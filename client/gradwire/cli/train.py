@@ -15,9 +15,10 @@ from gradwire.cluster import Cluster, connect
 from gradwire.job.files import text_files
 from gradwire.job.reporter import Reporter
 from gradwire.job.run_directory import RunDirectory
-from gradwire.job.settings import JobSettings, load_settings, reference_values, tls_files
+from gradwire.job.settings import JobSettings, load_job_settings, reference_values
 from gradwire.local_cluster import LocalProcesses
 from gradwire_protocol.errors import PlanError
+from gradwire_protocol.settings import tls_files
 
 
 @with_flags(JobSettings, reference_values())
@@ -34,7 +35,7 @@ def train(
     reference job. Without --coordinator, a local cluster is started, and ended with the command.
     """
     started_at = time.monotonic()
-    settings = load_settings(flags, config)
+    settings = load_job_settings(flags, config)
     text_files(settings.data)
     tls = tls_files(settings.tls_authority, settings.tls_certificate, settings.tls_key)
     reporter = _reporter(json, settings.steps)

@@ -5,27 +5,22 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping
-from contextvars import ContextVar
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
 
-from gradwire_protocol.channels import TlsFiles
-from gradwire_protocol.errors import SettingsError
+from gradwire_protocol.settings import Settings, load_settings
 
 ENVIRONMENT_PREFIX = "GRADWIRE_"
 
-# What the files say, for the one call of `load_settings` in progress: pydantic-settings makes its sources by itself.
-_files: ContextVar[tuple[dict[str, Any], ...]] = ContextVar("files", default=())
 
-
-class JobSettings(BaseSettings):
+class JobSettings(Settings):
     """Everything that `gradwire train` can be told. Fields without a default have it in the reference job's file."""
 
-    model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX)
 
     data: Path | None = Field(None, description="File or folder with text [default: Python's standard library]")
     layers: int = Field(ge=1, description="Layers of the GPT")
@@ -54,67 +49,15 @@ class JobSettings(BaseSettings):
     insecure: bool = Field(False, description="Allow plaintext off loopback, on a network that you trust")
     out: Path | None = Field(None, description="Run directory to make [default: runs/<time>]")
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Put the files behind flags and environment."""
-        files = (InitSettingsSource(settings_cls, init_kwargs=values) for values in _files.get())
-        return (init_settings, env_settings, *files)
-
 
 def reference_values() -> dict[str, Any]:
     """Return the values of the reference job (examples/reference.toml)."""
     return tomllib.loads(resources.files("gradwire.job").joinpath("reference.toml").read_text())
 
 
-def load_settings(flags: Mapping[str, Any], config: Path | None = None) -> JobSettings:
+def load_job_settings(flags: Mapping[str, Any], config: Path | None = None) -> JobSettings:
     """Return the settings for the flags that were given (None: not given). SettingsError names each wrong value."""
-    token = _files.set((_read_file(config), reference_values()))
-    try:
-        return JobSettings(**{name: value for name, value in flags.items() if value is not None})
-    except ValidationError as error:
-        raise _readable(error) from None
-    finally:
-        _files.reset(token)
-
-
-def _read_file(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    try:
-        return tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(
-            f"The settings file {path} cannot be read",
-            expected="a TOML file with the settings of `gradwire train`, such as examples/reference.toml",
-            got=str(error),
-        ) from error
-
-
-def _readable(error: ValidationError) -> SettingsError:
-    problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']} (got {item['input']!r})" for item in error.errors()]
-    return SettingsError(
-        "The settings are not valid",
-        got="; ".join(problems),
-        remedy=f"correct the flag, the environment variable {ENVIRONMENT_PREFIX}… or the settings file",
-    )
-
-
-def tls_files(authority: Path | None, certificate: Path | None, key: Path | None) -> TlsFiles | None:
-    """Return the TLS files, None if there are none; SettingsError if some are missing."""
-    if authority is not None and certificate is not None and key is not None:
-        return TlsFiles(authority=authority, certificate=certificate, key=key)
-    if authority is None and certificate is None and key is None:
-        return None
-    raise SettingsError(
-        "Mutual TLS needs three files", expected="--tls-authority, --tls-certificate and --tls-key", got="some of them"
-    )
+    return load_settings(JobSettings, flags, config, reference_values())
 
 
 def write_toml(values: Mapping[str, Any]) -> str:
