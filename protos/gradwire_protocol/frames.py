@@ -22,6 +22,7 @@ MAXIMUM_CHUNK_BYTES = 4 * 2**20
 MAXIMUM_DIMENSIONS = 32
 MAXIMUM_RUN_CHARACTERS = 64
 MAXIMUM_VALUE_BYTES = 512
+MAXIMUM_STATE_BYTES = 64
 _ALIGNMENT = 16
 _MAXIMUM_PADDING = 32
 
@@ -205,6 +206,12 @@ def check_header(header: pb.TensorHeader, maximum_tensor_bytes: int) -> int:
             "A message key has a value name that is too long",
             expected=f"{MAXIMUM_VALUE_BYTES} bytes at most",
             got=str(len(key.value.encode())),
+        )
+    if len(key.state.encode()) > MAXIMUM_STATE_BYTES:
+        raise FrameError(
+            "A message key has a state name that is too long",
+            expected=f"{MAXIMUM_STATE_BYTES} bytes at most",
+            got=str(len(key.state.encode())),
         )
     if key.entry == 0:
         raise FrameError("A message key has no entry", expected="1 or more", got="0")

@@ -116,6 +116,7 @@ def test_mutated_frames_are_refused_or_read_as_the_generated_class_reads_them(da
         (lambda h: setattr(h.key, "run", ""), FrameError, "wrong run"),
         (lambda h: setattr(h.key, "run", "r" * 65), FrameError, "wrong run"),
         (lambda h: setattr(h.key, "value", "v" * 513), FrameError, "too long"),
+        (lambda h: setattr(h.key, "state", "s" * 65), FrameError, "too long"),
         (lambda h: setattr(h.key, "direction", 0), FrameError, "unknown direction"),
         (lambda h: setattr(h.key, "entry", 0), FrameError, "no entry"),
         (lambda h: h.ClearField("tensor"), FrameError, "no value"),

@@ -1,4 +1,5 @@
 from gradwire_protocol.v1 import graph_pb2 as _graph_pb2
+from gradwire_protocol.v1 import tensors_pb2 as _tensors_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -24,7 +25,7 @@ ACTION_KIND_NORM: ActionKind
 ACTION_KIND_UPDATE: ActionKind
 
 class Plan(_message.Message):
-    __slots__ = ("stages", "replicas", "tensor", "micro_batches", "schedule", "window", "cuts", "expected_rows")
+    __slots__ = ("stages", "replicas", "tensor", "micro_batches", "schedule", "window", "cuts", "expected_rows", "recompute", "precision")
     STAGES_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     TENSOR_FIELD_NUMBER: _ClassVar[int]
@@ -33,6 +34,8 @@ class Plan(_message.Message):
     WINDOW_FIELD_NUMBER: _ClassVar[int]
     CUTS_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    RECOMPUTE_FIELD_NUMBER: _ClassVar[int]
+    PRECISION_FIELD_NUMBER: _ClassVar[int]
     stages: int
     replicas: int
     tensor: int
@@ -41,7 +44,9 @@ class Plan(_message.Message):
     window: int
     cuts: _containers.RepeatedScalarFieldContainer[int]
     expected_rows: int
-    def __init__(self, stages: _Optional[int] = ..., replicas: _Optional[int] = ..., tensor: _Optional[int] = ..., micro_batches: _Optional[int] = ..., schedule: _Optional[str] = ..., window: _Optional[int] = ..., cuts: _Optional[_Iterable[int]] = ..., expected_rows: _Optional[int] = ...) -> None: ...
+    recompute: bool
+    precision: _tensors_pb2.DataType
+    def __init__(self, stages: _Optional[int] = ..., replicas: _Optional[int] = ..., tensor: _Optional[int] = ..., micro_batches: _Optional[int] = ..., schedule: _Optional[str] = ..., window: _Optional[int] = ..., cuts: _Optional[_Iterable[int]] = ..., expected_rows: _Optional[int] = ..., recompute: bool = ..., precision: _Optional[_Union[_tensors_pb2.DataType, str]] = ...) -> None: ...
 
 class Action(_message.Message):
     __slots__ = ("kind", "stage", "micro_batch")
@@ -93,9 +98,23 @@ class Hyperparameters(_message.Message):
     groups: _containers.RepeatedCompositeFieldContainer[OptimizerGroup]
     def __init__(self, groups: _Optional[_Iterable[_Union[OptimizerGroup, _Mapping]]] = ...) -> None: ...
 
+class OptimizerStateName(_message.Message):
+    __slots__ = ("parameter", "state")
+    PARAMETER_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    parameter: str
+    state: str
+    def __init__(self, parameter: _Optional[str] = ..., state: _Optional[str] = ...) -> None: ...
+
 class LoadState(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("weights_directory", "optimizer_state", "weight_version")
+    WEIGHTS_DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    OPTIMIZER_STATE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    weights_directory: str
+    optimizer_state: _containers.RepeatedCompositeFieldContainer[OptimizerStateName]
+    weight_version: int
+    def __init__(self, weights_directory: _Optional[str] = ..., optimizer_state: _Optional[_Iterable[_Union[OptimizerStateName, _Mapping]]] = ..., weight_version: _Optional[int] = ...) -> None: ...
 
 class TrainStep(_message.Message):
     __slots__ = ("step", "micro_batches", "hyperparameters", "max_gradient_norm", "return_gradients")
@@ -124,11 +143,19 @@ class Predict(_message.Message):
     def __init__(self, micro_batches: _Optional[_Iterable[_Union[MicroBatch, _Mapping]]] = ...) -> None: ...
 
 class FetchState(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("optimizer_state",)
+    OPTIMIZER_STATE_FIELD_NUMBER: _ClassVar[int]
+    optimizer_state: bool
+    def __init__(self, optimizer_state: bool = ...) -> None: ...
+
+class SaveState(_message.Message):
+    __slots__ = ("directory",)
+    DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    directory: str
+    def __init__(self, directory: _Optional[str] = ...) -> None: ...
 
 class Entry(_message.Message):
-    __slots__ = ("number", "generation", "load_state", "train_step", "evaluate", "predict", "fetch_state")
+    __slots__ = ("number", "generation", "load_state", "train_step", "evaluate", "predict", "fetch_state", "save_state")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     LOAD_STATE_FIELD_NUMBER: _ClassVar[int]
@@ -136,6 +163,7 @@ class Entry(_message.Message):
     EVALUATE_FIELD_NUMBER: _ClassVar[int]
     PREDICT_FIELD_NUMBER: _ClassVar[int]
     FETCH_STATE_FIELD_NUMBER: _ClassVar[int]
+    SAVE_STATE_FIELD_NUMBER: _ClassVar[int]
     number: int
     generation: int
     load_state: LoadState
@@ -143,7 +171,8 @@ class Entry(_message.Message):
     evaluate: Evaluate
     predict: Predict
     fetch_state: FetchState
-    def __init__(self, number: _Optional[int] = ..., generation: _Optional[int] = ..., load_state: _Optional[_Union[LoadState, _Mapping]] = ..., train_step: _Optional[_Union[TrainStep, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., predict: _Optional[_Union[Predict, _Mapping]] = ..., fetch_state: _Optional[_Union[FetchState, _Mapping]] = ...) -> None: ...
+    save_state: SaveState
+    def __init__(self, number: _Optional[int] = ..., generation: _Optional[int] = ..., load_state: _Optional[_Union[LoadState, _Mapping]] = ..., train_step: _Optional[_Union[TrainStep, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., predict: _Optional[_Union[Predict, _Mapping]] = ..., fetch_state: _Optional[_Union[FetchState, _Mapping]] = ..., save_state: _Optional[_Union[SaveState, _Mapping]] = ...) -> None: ...
 
 class LossPart(_message.Message):
     __slots__ = ("micro_batch", "sum", "weight")
@@ -179,24 +208,36 @@ class Timing(_message.Message):
     idle_seconds: _containers.ScalarMap[str, float]
     def __init__(self, window_seconds: _Optional[float] = ..., busy_seconds: _Optional[_Mapping[str, float]] = ..., idle_seconds: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
+class SavedFile(_message.Message):
+    __slots__ = ("name", "size_bytes", "sha256")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    size_bytes: int
+    sha256: str
+    def __init__(self, name: _Optional[str] = ..., size_bytes: _Optional[int] = ..., sha256: _Optional[str] = ...) -> None: ...
+
 class EntryReport(_message.Message):
-    __slots__ = ("entry", "generation", "losses", "timing", "weight_version", "gradient_norm")
+    __slots__ = ("entry", "generation", "losses", "timing", "weight_version", "gradient_norm", "saved_files")
     ENTRY_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     LOSSES_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_NORM_FIELD_NUMBER: _ClassVar[int]
+    SAVED_FILES_FIELD_NUMBER: _ClassVar[int]
     entry: int
     generation: int
     losses: _containers.RepeatedCompositeFieldContainer[LossPart]
     timing: Timing
     weight_version: int
     gradient_norm: float
-    def __init__(self, entry: _Optional[int] = ..., generation: _Optional[int] = ..., losses: _Optional[_Iterable[_Union[LossPart, _Mapping]]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., weight_version: _Optional[int] = ..., gradient_norm: _Optional[float] = ...) -> None: ...
+    saved_files: _containers.RepeatedCompositeFieldContainer[SavedFile]
+    def __init__(self, entry: _Optional[int] = ..., generation: _Optional[int] = ..., losses: _Optional[_Iterable[_Union[LossPart, _Mapping]]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., weight_version: _Optional[int] = ..., gradient_norm: _Optional[float] = ..., saved_files: _Optional[_Iterable[_Union[SavedFile, _Mapping]]] = ...) -> None: ...
 
 class EntryResult(_message.Message):
-    __slots__ = ("entry", "loss", "weight", "seconds", "gradient_norm", "weight_version", "timings")
+    __slots__ = ("entry", "loss", "weight", "seconds", "gradient_norm", "weight_version", "timings", "saved_files")
     class TimingsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -211,6 +252,7 @@ class EntryResult(_message.Message):
     GRADIENT_NORM_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    SAVED_FILES_FIELD_NUMBER: _ClassVar[int]
     entry: int
     loss: float
     weight: float
@@ -218,4 +260,5 @@ class EntryResult(_message.Message):
     gradient_norm: float
     weight_version: int
     timings: _containers.MessageMap[str, Timing]
-    def __init__(self, entry: _Optional[int] = ..., loss: _Optional[float] = ..., weight: _Optional[float] = ..., seconds: _Optional[float] = ..., gradient_norm: _Optional[float] = ..., weight_version: _Optional[int] = ..., timings: _Optional[_Mapping[str, Timing]] = ...) -> None: ...
+    saved_files: _containers.RepeatedCompositeFieldContainer[SavedFile]
+    def __init__(self, entry: _Optional[int] = ..., loss: _Optional[float] = ..., weight: _Optional[float] = ..., seconds: _Optional[float] = ..., gradient_norm: _Optional[float] = ..., weight_version: _Optional[int] = ..., timings: _Optional[_Mapping[str, Timing]] = ..., saved_files: _Optional[_Iterable[_Union[SavedFile, _Mapping]]] = ...) -> None: ...

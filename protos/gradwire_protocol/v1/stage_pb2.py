@@ -27,7 +27,7 @@ from gradwire_protocol.v1 import run_pb2 as gradwire__protocol_dot_v1_dot_run__p
 from gradwire_protocol.v1 import tensors_pb2 as gradwire__protocol_dot_v1_dot_tensors__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n gradwire_protocol/v1/stage.proto\x12\x14gradwire_protocol.v1\x1a gradwire_protocol/v1/graph.proto\x1a\x1egradwire_protocol/v1/run.proto\x1a\"gradwire_protocol/v1/tensors.proto\"\x9f\x01\n\rIncomingValue\x12\r\n\x05value\x18\x01 \x01(\t\x12\x12\n\nfrom_batch\x18\x02 \x01(\x08\x12\x16\n\x0eproducer_stage\x18\x03 \x01(\r\x12\x19\n\x11gradient_to_stage\x18\x04 \x01(\r\x12 \n\x13gradient_from_stage\x18\x05 \x01(\rH\x00\x88\x01\x01\x42\x16\n\x14_gradient_from_stage\"7\n\rOutgoingValue\x12\r\n\x05value\x18\x01 \x01(\t\x12\x17\n\x0f\x63onsumer_stages\x18\x02 \x03(\r\"\x1c\n\x0bResultValue\x12\r\n\x05value\x18\x01 \x01(\t\"\xd7\x03\n\x07Segment\x12\r\n\x05stage\x18\x01 \x01(\r\x12.\n\x05graph\x18\x02 \x01(\x0e\x32\x1f.gradwire_protocol.v1.GraphKind\x12)\n\x05nodes\x18\x03 \x03(\x0b\x32\x1a.gradwire_protocol.v1.Node\x12\x30\n\x07tensors\x18\x04 \x03(\x0b\x32\x1f.gradwire_protocol.v1.TensorUse\x12\x35\n\x08incoming\x18\x05 \x03(\x0b\x32#.gradwire_protocol.v1.IncomingValue\x12\x35\n\x08outgoing\x18\x06 \x03(\x0b\x32#.gradwire_protocol.v1.OutgoingValue\x12:\n\x0e\x62uffer_updates\x18\x07 \x03(\x0b\x32\".gradwire_protocol.v1.BufferUpdate\x12\x17\n\x0fmutated_tensors\x18\x08 \x03(\t\x12\x16\n\x0emutated_inputs\x18\t \x03(\t\x12\x0c\n\x04loss\x18\n \x01(\t\x12\x13\n\x0bloss_weight\x18\x0b \x01(\t\x12\x32\n\x07results\x18\x0c \x03(\x0b\x32!.gradwire_protocol.v1.ResultValue\"X\n\x0fTensorPlacement\x12.\n\x04spec\x18\x01 \x01(\x0b\x32 .gradwire_protocol.v1.TensorSpec\x12\x15\n\rholder_stages\x18\x02 \x03(\r\"H\n\x04Peer\x12\x0e\n\x06server\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0e\n\x06stages\x18\x03 \x03(\r\x12\x0f\n\x07replica\x18\x04 \x01(\r\"\xda\x02\n\x0ePrepareRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\r\x12\x0e\n\x06server\x18\x03 \x01(\t\x12/\n\x08segments\x18\x04 \x03(\x0b\x32\x1d.gradwire_protocol.v1.Segment\x12\x36\n\x07tensors\x18\x05 \x03(\x0b\x32%.gradwire_protocol.v1.TensorPlacement\x12)\n\x05peers\x18\x06 \x03(\x0b\x32\x1a.gradwire_protocol.v1.Peer\x12\x0e\n\x06stages\x18\x07 \x01(\r\x12\x32\n\toptimizer\x18\x08 \x01(\x0b\x32\x1f.gradwire_protocol.v1.Optimizer\x12\x31\n\tloss_form\x18\t \x01(\x0e\x32\x1e.gradwire_protocol.v1.LossForm\x12\x0c\n\x04seed\x18\n \x01(\x04\"#\n\x0cPrepareReply\x12\x13\n\x0bstate_bytes\x18\x01 \x01(\x04\"y\n\x0e\x45xecuteRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12*\n\x05\x65ntry\x18\x02 \x01(\x0b\x32\x1b.gradwire_protocol.v1.Entry\x12.\n\x07program\x18\x03 \x01(\x0b\x32\x1d.gradwire_protocol.v1.Program\"A\n\x0c\x45xecuteReply\x12\x31\n\x06report\x18\x01 \x01(\x0b\x32!.gradwire_protocol.v1.EntryReport\"@\n\x0e\x43ollectRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\r\x12\r\n\x05\x65ntry\x18\x03 \x01(\x04\"A\n\x0eReleaseRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x0e\n\x0cReleaseReply\"\x9a\x01\n\x08\x41\x63tivity\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\r\x12\x0e\n\x06stages\x18\x03 \x03(\r\x12\r\n\x05\x65ntry\x18\x04 \x01(\x04\x12\x0e\n\x06\x61\x63tion\x18\x05 \x01(\t\x12\x13\n\x0bwaiting_for\x18\x06 \x01(\t\x12\x17\n\x0fwaiting_seconds\x18\x07 \x01(\x01\x12\x10\n\x08progress\x18\x08 \x01(\x04\"\x14\n\x12GetActivityRequest\"D\n\x10GetActivityReply\x12\x30\n\x08\x61\x63tivity\x18\x01 \x01(\x0b\x32\x1e.gradwire_protocol.v1.Activity2\x99\x04\n\x0cStageService\x12S\n\x07Prepare\x12$.gradwire_protocol.v1.PrepareRequest\x1a\".gradwire_protocol.v1.PrepareReply\x12W\n\x07\x45xecute\x12$.gradwire_protocol.v1.ExecuteRequest\x1a\".gradwire_protocol.v1.ExecuteReply(\x01\x30\x01\x12O\n\x07\x44\x65liver\x12!.gradwire_protocol.v1.TensorFrame\x1a\x1d.gradwire_protocol.v1.Receipt(\x01\x30\x01\x12T\n\x07\x43ollect\x12$.gradwire_protocol.v1.CollectRequest\x1a!.gradwire_protocol.v1.TensorFrame0\x01\x12S\n\x07Release\x12$.gradwire_protocol.v1.ReleaseRequest\x1a\".gradwire_protocol.v1.ReleaseReply\x12_\n\x0bGetActivity\x12(.gradwire_protocol.v1.GetActivityRequest\x1a&.gradwire_protocol.v1.GetActivityReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n gradwire_protocol/v1/stage.proto\x12\x14gradwire_protocol.v1\x1a gradwire_protocol/v1/graph.proto\x1a\x1egradwire_protocol/v1/run.proto\x1a\"gradwire_protocol/v1/tensors.proto\"\x9f\x01\n\rIncomingValue\x12\r\n\x05value\x18\x01 \x01(\t\x12\x12\n\nfrom_batch\x18\x02 \x01(\x08\x12\x16\n\x0eproducer_stage\x18\x03 \x01(\r\x12\x19\n\x11gradient_to_stage\x18\x04 \x01(\r\x12 \n\x13gradient_from_stage\x18\x05 \x01(\rH\x00\x88\x01\x01\x42\x16\n\x14_gradient_from_stage\"7\n\rOutgoingValue\x12\r\n\x05value\x18\x01 \x01(\t\x12\x17\n\x0f\x63onsumer_stages\x18\x02 \x03(\r\"\x1c\n\x0bResultValue\x12\r\n\x05value\x18\x01 \x01(\t\"\xd7\x03\n\x07Segment\x12\r\n\x05stage\x18\x01 \x01(\r\x12.\n\x05graph\x18\x02 \x01(\x0e\x32\x1f.gradwire_protocol.v1.GraphKind\x12)\n\x05nodes\x18\x03 \x03(\x0b\x32\x1a.gradwire_protocol.v1.Node\x12\x30\n\x07tensors\x18\x04 \x03(\x0b\x32\x1f.gradwire_protocol.v1.TensorUse\x12\x35\n\x08incoming\x18\x05 \x03(\x0b\x32#.gradwire_protocol.v1.IncomingValue\x12\x35\n\x08outgoing\x18\x06 \x03(\x0b\x32#.gradwire_protocol.v1.OutgoingValue\x12:\n\x0e\x62uffer_updates\x18\x07 \x03(\x0b\x32\".gradwire_protocol.v1.BufferUpdate\x12\x17\n\x0fmutated_tensors\x18\x08 \x03(\t\x12\x16\n\x0emutated_inputs\x18\t \x03(\t\x12\x0c\n\x04loss\x18\n \x01(\t\x12\x13\n\x0bloss_weight\x18\x0b \x01(\t\x12\x32\n\x07results\x18\x0c \x03(\x0b\x32!.gradwire_protocol.v1.ResultValue\"X\n\x0fTensorPlacement\x12.\n\x04spec\x18\x01 \x01(\x0b\x32 .gradwire_protocol.v1.TensorSpec\x12\x15\n\rholder_stages\x18\x02 \x03(\r\"H\n\x04Peer\x12\x0e\n\x06server\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0e\n\x06stages\x18\x03 \x03(\r\x12\x0f\n\x07replica\x18\x04 \x01(\r\"\xa0\x03\n\x0ePrepareRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\r\x12\x0e\n\x06server\x18\x03 \x01(\t\x12/\n\x08segments\x18\x04 \x03(\x0b\x32\x1d.gradwire_protocol.v1.Segment\x12\x36\n\x07tensors\x18\x05 \x03(\x0b\x32%.gradwire_protocol.v1.TensorPlacement\x12)\n\x05peers\x18\x06 \x03(\x0b\x32\x1a.gradwire_protocol.v1.Peer\x12\x0e\n\x06stages\x18\x07 \x01(\r\x12\x32\n\toptimizer\x18\x08 \x01(\x0b\x32\x1f.gradwire_protocol.v1.Optimizer\x12\x31\n\tloss_form\x18\t \x01(\x0e\x32\x1e.gradwire_protocol.v1.LossForm\x12\x0c\n\x04seed\x18\n \x01(\x04\x12\x11\n\trecompute\x18\x0b \x01(\x08\x12\x31\n\tprecision\x18\x0c \x01(\x0e\x32\x1e.gradwire_protocol.v1.DataType\"#\n\x0cPrepareReply\x12\x13\n\x0bstate_bytes\x18\x01 \x01(\x04\"y\n\x0e\x45xecuteRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12*\n\x05\x65ntry\x18\x02 \x01(\x0b\x32\x1b.gradwire_protocol.v1.Entry\x12.\n\x07program\x18\x03 \x01(\x0b\x32\x1d.gradwire_protocol.v1.Program\"A\n\x0c\x45xecuteReply\x12\x31\n\x06report\x18\x01 \x01(\x0b\x32!.gradwire_protocol.v1.EntryReport\"@\n\x0e\x43ollectRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\r\x12\r\n\x05\x65ntry\x18\x03 \x01(\x04\"A\n\x0eReleaseRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x0e\n\x0cReleaseReply\"\x9a\x01\n\x08\x41\x63tivity\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\r\x12\x0e\n\x06stages\x18\x03 \x03(\r\x12\r\n\x05\x65ntry\x18\x04 \x01(\x04\x12\x0e\n\x06\x61\x63tion\x18\x05 \x01(\t\x12\x13\n\x0bwaiting_for\x18\x06 \x01(\t\x12\x17\n\x0fwaiting_seconds\x18\x07 \x01(\x01\x12\x10\n\x08progress\x18\x08 \x01(\x04\"\x14\n\x12GetActivityRequest\"D\n\x10GetActivityReply\x12\x30\n\x08\x61\x63tivity\x18\x01 \x01(\x0b\x32\x1e.gradwire_protocol.v1.Activity2\x99\x04\n\x0cStageService\x12S\n\x07Prepare\x12$.gradwire_protocol.v1.PrepareRequest\x1a\".gradwire_protocol.v1.PrepareReply\x12W\n\x07\x45xecute\x12$.gradwire_protocol.v1.ExecuteRequest\x1a\".gradwire_protocol.v1.ExecuteReply(\x01\x30\x01\x12O\n\x07\x44\x65liver\x12!.gradwire_protocol.v1.TensorFrame\x1a\x1d.gradwire_protocol.v1.Receipt(\x01\x30\x01\x12T\n\x07\x43ollect\x12$.gradwire_protocol.v1.CollectRequest\x1a!.gradwire_protocol.v1.TensorFrame0\x01\x12S\n\x07Release\x12$.gradwire_protocol.v1.ReleaseRequest\x1a\".gradwire_protocol.v1.ReleaseReply\x12_\n\x0bGetActivity\x12(.gradwire_protocol.v1.GetActivityRequest\x1a&.gradwire_protocol.v1.GetActivityReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -47,25 +47,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PEER']._serialized_start=973
   _globals['_PEER']._serialized_end=1045
   _globals['_PREPAREREQUEST']._serialized_start=1048
-  _globals['_PREPAREREQUEST']._serialized_end=1394
-  _globals['_PREPAREREPLY']._serialized_start=1396
-  _globals['_PREPAREREPLY']._serialized_end=1431
-  _globals['_EXECUTEREQUEST']._serialized_start=1433
-  _globals['_EXECUTEREQUEST']._serialized_end=1554
-  _globals['_EXECUTEREPLY']._serialized_start=1556
-  _globals['_EXECUTEREPLY']._serialized_end=1621
-  _globals['_COLLECTREQUEST']._serialized_start=1623
-  _globals['_COLLECTREQUEST']._serialized_end=1687
-  _globals['_RELEASEREQUEST']._serialized_start=1689
-  _globals['_RELEASEREQUEST']._serialized_end=1754
-  _globals['_RELEASEREPLY']._serialized_start=1756
-  _globals['_RELEASEREPLY']._serialized_end=1770
-  _globals['_ACTIVITY']._serialized_start=1773
-  _globals['_ACTIVITY']._serialized_end=1927
-  _globals['_GETACTIVITYREQUEST']._serialized_start=1929
-  _globals['_GETACTIVITYREQUEST']._serialized_end=1949
-  _globals['_GETACTIVITYREPLY']._serialized_start=1951
-  _globals['_GETACTIVITYREPLY']._serialized_end=2019
-  _globals['_STAGESERVICE']._serialized_start=2022
-  _globals['_STAGESERVICE']._serialized_end=2559
+  _globals['_PREPAREREQUEST']._serialized_end=1464
+  _globals['_PREPAREREPLY']._serialized_start=1466
+  _globals['_PREPAREREPLY']._serialized_end=1501
+  _globals['_EXECUTEREQUEST']._serialized_start=1503
+  _globals['_EXECUTEREQUEST']._serialized_end=1624
+  _globals['_EXECUTEREPLY']._serialized_start=1626
+  _globals['_EXECUTEREPLY']._serialized_end=1691
+  _globals['_COLLECTREQUEST']._serialized_start=1693
+  _globals['_COLLECTREQUEST']._serialized_end=1757
+  _globals['_RELEASEREQUEST']._serialized_start=1759
+  _globals['_RELEASEREQUEST']._serialized_end=1824
+  _globals['_RELEASEREPLY']._serialized_start=1826
+  _globals['_RELEASEREPLY']._serialized_end=1840
+  _globals['_ACTIVITY']._serialized_start=1843
+  _globals['_ACTIVITY']._serialized_end=1997
+  _globals['_GETACTIVITYREQUEST']._serialized_start=1999
+  _globals['_GETACTIVITYREQUEST']._serialized_end=2019
+  _globals['_GETACTIVITYREPLY']._serialized_start=2021
+  _globals['_GETACTIVITYREPLY']._serialized_end=2089
+  _globals['_STAGESERVICE']._serialized_start=2092
+  _globals['_STAGESERVICE']._serialized_end=2629
 # @@protoc_insertion_point(module_scope)

@@ -86,7 +86,7 @@ class Peer(_message.Message):
     def __init__(self, server: _Optional[str] = ..., address: _Optional[str] = ..., stages: _Optional[_Iterable[int]] = ..., replica: _Optional[int] = ...) -> None: ...
 
 class PrepareRequest(_message.Message):
-    __slots__ = ("run", "generation", "server", "segments", "tensors", "peers", "stages", "optimizer", "loss_form", "seed")
+    __slots__ = ("run", "generation", "server", "segments", "tensors", "peers", "stages", "optimizer", "loss_form", "seed", "recompute", "precision")
     RUN_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     SERVER_FIELD_NUMBER: _ClassVar[int]
@@ -97,6 +97,8 @@ class PrepareRequest(_message.Message):
     OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
     LOSS_FORM_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    RECOMPUTE_FIELD_NUMBER: _ClassVar[int]
+    PRECISION_FIELD_NUMBER: _ClassVar[int]
     run: str
     generation: int
     server: str
@@ -107,7 +109,9 @@ class PrepareRequest(_message.Message):
     optimizer: _run_pb2.Optimizer
     loss_form: _graph_pb2.LossForm
     seed: int
-    def __init__(self, run: _Optional[str] = ..., generation: _Optional[int] = ..., server: _Optional[str] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., tensors: _Optional[_Iterable[_Union[TensorPlacement, _Mapping]]] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., stages: _Optional[int] = ..., optimizer: _Optional[_Union[_run_pb2.Optimizer, _Mapping]] = ..., loss_form: _Optional[_Union[_graph_pb2.LossForm, str]] = ..., seed: _Optional[int] = ...) -> None: ...
+    recompute: bool
+    precision: _tensors_pb2.DataType
+    def __init__(self, run: _Optional[str] = ..., generation: _Optional[int] = ..., server: _Optional[str] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., tensors: _Optional[_Iterable[_Union[TensorPlacement, _Mapping]]] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., stages: _Optional[int] = ..., optimizer: _Optional[_Union[_run_pb2.Optimizer, _Mapping]] = ..., loss_form: _Optional[_Union[_graph_pb2.LossForm, str]] = ..., seed: _Optional[int] = ..., recompute: bool = ..., precision: _Optional[_Union[_tensors_pb2.DataType, str]] = ...) -> None: ...
 
 class PrepareReply(_message.Message):
     __slots__ = ("state_bytes",)

@@ -65,7 +65,7 @@ DIRECTION_WEIGHT: Direction
 DIRECTION_RESULT: Direction
 
 class MessageKey(_message.Message):
-    __slots__ = ("run", "generation", "entry", "micro_batch", "value", "direction", "source_stage")
+    __slots__ = ("run", "generation", "entry", "micro_batch", "value", "direction", "source_stage", "state")
     RUN_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     ENTRY_FIELD_NUMBER: _ClassVar[int]
@@ -73,6 +73,7 @@ class MessageKey(_message.Message):
     VALUE_FIELD_NUMBER: _ClassVar[int]
     DIRECTION_FIELD_NUMBER: _ClassVar[int]
     SOURCE_STAGE_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
     run: str
     generation: int
     entry: int
@@ -80,7 +81,8 @@ class MessageKey(_message.Message):
     value: str
     direction: Direction
     source_stage: int
-    def __init__(self, run: _Optional[str] = ..., generation: _Optional[int] = ..., entry: _Optional[int] = ..., micro_batch: _Optional[int] = ..., value: _Optional[str] = ..., direction: _Optional[_Union[Direction, str]] = ..., source_stage: _Optional[int] = ...) -> None: ...
+    state: str
+    def __init__(self, run: _Optional[str] = ..., generation: _Optional[int] = ..., entry: _Optional[int] = ..., micro_batch: _Optional[int] = ..., value: _Optional[str] = ..., direction: _Optional[_Union[Direction, str]] = ..., source_stage: _Optional[int] = ..., state: _Optional[str] = ...) -> None: ...
 
 class TensorInfo(_message.Message):
     __slots__ = ("data_type", "shape", "strides", "size_bytes", "codec", "requires_grad")
