@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROTOS := $(wildcard protos/gradwire_protocol/v1/*.proto)
 
-.PHONY: train test lint protos bench clean help
+.PHONY: train test lint protos bench examples clean help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train   train the reference job on a local cluster"
 	@echo "make test    run the whole test suite"
 	@echo "make lint    ruff, mypy, buf, generated stubs"
+	@echo "make examples  run every example in full, beside its single-process script"
 	@echo "make bench   run the benchmarks and check their claims"
 	@echo "make protos  regenerate the stubs from the .proto files"
 
@@ -24,8 +25,9 @@ $(STAMP): pyproject.toml constraints.txt
 train: $(STAMP)
 	$(BIN)/gradwire train
 
+# Two at a time: much of the time goes into starting servers. Files stay whole, so that they share their clusters.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -43,6 +45,10 @@ protos: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/pipeline.py --check
+
+# Sorted, so that each script stands beside the one for a single process.
+examples: $(STAMP)
+	@for script in $(sort $(wildcard examples/*.py)); do echo "== $$script"; HF_HUB_OFFLINE=1 $(BIN)/python $$script || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

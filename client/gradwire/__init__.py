@@ -13,17 +13,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
 
+    from gradwire.checkpoint.background import CheckpointWarning, Save
     from gradwire.cluster import Cluster, connect
     from gradwire.graph import unbatched
     from gradwire.local_cluster import LocalCluster, local
+    from gradwire.meta import meta_parameters
     from gradwire.plan import Plan
     from gradwire.results import StepResult
     from gradwire.trainer import Trainer
     from gradwire.verification import Verification, verify
+    from gradwire.weights import FileWeights, ServerWeights
     from gradwire_protocol.channels import TlsFiles
     from gradwire_protocol.errors import (
         Aborted,
         BatchError,
+        CheckpointError,
         DataError,
         FrameError,
         GradwireError,
@@ -41,19 +45,25 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
+    "CheckpointWarning": "gradwire.checkpoint.background",
     "Cluster": "gradwire.cluster",
+    "FileWeights": "gradwire.weights",
     "LocalCluster": "gradwire.local_cluster",
     "Plan": "gradwire.plan",
+    "Save": "gradwire.checkpoint.background",
+    "ServerWeights": "gradwire.weights",
     "StepResult": "gradwire.results",
     "TlsFiles": "gradwire_protocol.channels",
     "Trainer": "gradwire.trainer",
     "Verification": "gradwire.verification",
     "connect": "gradwire.cluster",
     "local": "gradwire.local_cluster",
+    "meta_parameters": "gradwire.meta",
     "unbatched": "gradwire.graph",
     "verify": "gradwire.verification",
     "Aborted": "gradwire_protocol.errors",
     "BatchError": "gradwire_protocol.errors",
+    "CheckpointError": "gradwire_protocol.errors",
     "DataError": "gradwire_protocol.errors",
     "FrameError": "gradwire_protocol.errors",
     "GradwireError": "gradwire_protocol.errors",
@@ -73,8 +83,11 @@ _HOMES = {
 __all__ = [
     "Aborted",
     "BatchError",
+    "CheckpointError",
+    "CheckpointWarning",
     "Cluster",
     "DataError",
+    "FileWeights",
     "FrameError",
     "GradwireError",
     "InternalError",
@@ -85,7 +98,9 @@ __all__ = [
     "Plan",
     "PlanError",
     "RunNotFound",
+    "Save",
     "ServerBusy",
+    "ServerWeights",
     "SettingsError",
     "StageFailed",
     "StaleGeneration",
@@ -96,6 +111,7 @@ __all__ = [
     "Verification",
     "connect",
     "local",
+    "meta_parameters",
     "unbatched",
     "verify",
 ]

@@ -6,7 +6,8 @@ Imports torch for trainers only.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from gradwire.graph.dynamic import Dynamic
     from gradwire.trainer import Trainer
+    from gradwire.weights import Weights
 
 _ANSWER_SECONDS = 5.0
 
@@ -92,6 +95,8 @@ class Cluster:
         max_grad_norm: float | None = None,
         precision: str | None = None,
         description: str = "",
+        weights: Weights = None,
+        dynamic: Dynamic | None = None,
     ) -> Trainer:
         """Lay a run out on the cluster, send the weights, and return its trainer.
 
@@ -99,9 +104,20 @@ class Cluster:
         class, groups and hyperparameters are used, the latter as they are at each step. loss: (output, target) to a
         scalar, a mean over the rows, or to (sum, weight); None: the model's output is the loss. example: one batch, a
         tuple or a dict given as keyword arguments; dimension 0 is the batch. seed: of dropout and the like.
-        max_grad_norm: clip the gradient's global norm to this. precision: None, the parameters' own type.
+        max_grad_norm: clip the gradient's global norm to this. precision: None, the parameters' own type; "bf16":
+        model and loss run under torch.autocast to bfloat16, with parameters and the optimizer in float32.
 
-        Errors: ModelError, PlanError, OptimizerError, BatchError; Unreachable, ServerBusy, StageFailed.
+        weights: where parameters and persistent buffers come from. None: the module itself. A path (a .safetensors
+        file, an index of shards, or a directory), or FileWeights: this process reads and sends them one by one.
+        ServerWeights: each server reads its own. The module may then be on the meta device (see `meta_parameters`).
+        Names are the module's, any of tied ones; types may be narrower than the module's; none may be missing.
+
+        dynamic: names for dimensions besides the rows whose sizes differ from batch to batch; equal names mean equal
+        sizes. For a dict example {"input_ids": {1: "length"}, "labels": {1: "length"}}; for a tuple one entry for each
+        element, None where it has none: ({1: "length"}, None).
+
+        Errors: ModelError, PlanError, OptimizerError, BatchError, SettingsError; DataError for weights; Unreachable,
+        ServerBusy, StageFailed.
         """
         from gradwire.trainer import Trainer  # imports torch, which seeing a cluster's status does not need
 
@@ -116,9 +132,16 @@ class Cluster:
             max_grad_norm=max_grad_norm,
             precision=precision,
             description=description,
+            weights=weights,
+            dynamic=dynamic,
         )
         self._trainers.add(trainer)
         return trainer
+
+    @contextmanager
+    def spare_servers(self, count: int, busy: Collection[str]) -> Iterator[None]:
+        """See to it that `count` servers besides the busy ones are there, if this cluster can start any."""
+        yield
 
     def close(self) -> None:
         """End the runs of this cluster's trainers, and close the channel. Idempotent."""

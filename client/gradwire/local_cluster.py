@@ -8,6 +8,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -35,6 +37,7 @@ class LocalProcesses:
         threads: int = 1,
         listen: str = "127.0.0.1:0",
         log_dir: Path | str | None = None,
+        weights_root: Path | str | None = None,
     ) -> None:
         for name, value in (("stage_servers", stage_servers), ("threads", threads)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -43,6 +46,9 @@ class LocalProcesses:
         self._threads = threads
         self._listen = listen
         self._log_dir = Path(log_dir) if log_dir is not None else None
+        self._weights_root = Path(weights_root).absolute() if weights_root is not None else None
+        if self._weights_root is not None and not self._weights_root.is_dir():
+            raise SettingsError("weights_root is not valid", expected="a directory", got=str(self._weights_root))
         self._scratch: Path | None = None
         self._coordinator: ServiceProcess | None = None
         self._stages: list[ServiceProcess] = []
@@ -95,26 +101,48 @@ class LocalProcesses:
         )
         ready = self._coordinator.wait_ready(deadline)
         self.address, self.metrics_address = ready.address, ready.metrics_address
+        self._start_stage_servers(self._stage_servers)
+
+    def _start_stage_servers(self, count: int) -> None:
         arguments = ["--listen", _ANY_PORT, "--coordinator", self.address, "--threads", str(self._threads)]
         arguments += ["--metrics-listen", _ANY_PORT]
-        for index in range(self._stage_servers):
-            log = self._log_dir / f"stage-{index}.log"
+        if self._weights_root is not None:
+            arguments += ["--weights-root", str(self._weights_root)]
+        for index in range(len(self._stages), len(self._stages) + count):
+            log = self.log_dir / f"stage-{index}.log"
             self._stages.append(ServiceProcess(f"stage server {index}", "gradwire_stage", arguments, log))
+
+    @contextmanager
+    def more_stage_servers(self, count: int) -> Iterator[None]:
+        """Start more stage servers, and end them after the block. It does not wait for them to register."""
+        before = len(self._stages)
+        try:
+            self._start_stage_servers(count)
+            yield
+        finally:
+            more, self._stages = self._stages[before:], self._stages[:before]
+            end_all(more, _GRACE_SECONDS)
 
     def wait_registered(self, cluster: Cluster) -> None:
         """Wait until the coordinator knows all stage servers."""
         deadline = time.monotonic() + _START_SECONDS
         for process in self._stages:
             process.wait_ready(deadline)
-        while len(cluster.status().servers) < self._stage_servers:
+        while len(cluster.status().servers) < len(self._stages):
             self.check_running()
             if time.monotonic() > deadline:
                 raise SettingsError(
                     "The stage servers did not register in time",
-                    expected=f"{self._stage_servers} of them within {_START_SECONDS:.0f} s",
+                    expected=f"{len(self._stages)} of them within {_START_SECONDS:.0f} s",
                     got=str(len(cluster.status().servers)),
                     remedy=f"see the logs in {self.log_dir}",
                 )
+            time.sleep(_POLL_SECONDS)
+
+    def wait_signed_off(self, cluster: Cluster) -> None:
+        """Wait until the coordinator knows that stage servers were ended, at the latest when their leases are over."""
+        deadline = time.monotonic() + _START_SECONDS
+        while len(cluster.status().servers) > len(self._stages) and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
 
     def check_running(self) -> None:
@@ -177,6 +205,16 @@ class LocalCluster(Cluster):
         finally:
             self._processes.__exit__(kind, error, traceback)
 
+    @contextmanager
+    def spare_servers(self, count: int, busy: Collection[str]) -> Iterator[None]:
+        """Start the stage servers that are missing for `count` free ones, and end these after the block."""
+        # What a server does is known from its last heartbeat: `busy` may not show yet.
+        free = [s for s in self.status().servers if s.server not in busy and not s.activity.run]
+        with self._processes.more_stage_servers(max(0, count - len(free))):
+            self._processes.wait_registered(self)
+            yield
+        self._processes.wait_signed_off(self)
+
     @property
     def log_dir(self) -> Path:
         """Where the output of the cluster's processes goes."""
@@ -194,11 +232,15 @@ def local(
     threads: int = 1,
     listen: str = "127.0.0.1:0",
     log_dir: Path | str | None = None,
+    weights_root: Path | str | None = None,
 ) -> LocalCluster:
     """Return a cluster on this machine, to be used in a `with` statement.
 
     stage_servers: how many; a run takes one for each stage. threads: compute threads of each. listen: HOST:PORT of the
     coordinator; port 0 is any free one. log_dir: where the processes' output goes; None: a temporary directory, kept
-    only if the block ends with an error.
+    only if the block ends with an error. weights_root: the directory below which the servers may read weights.
     """
-    return LocalCluster(LocalProcesses(stage_servers=stage_servers, threads=threads, listen=listen, log_dir=log_dir))
+    processes = LocalProcesses(
+        stage_servers=stage_servers, threads=threads, listen=listen, log_dir=log_dir, weights_root=weights_root
+    )
+    return LocalCluster(processes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,9 @@ SUPPORTED = (
 )
 
 
+_NO_FORM = object()
+
+
 class OptimizerReader:
     """Reads a torch optimizer for the wire.
 
@@ -52,6 +55,7 @@ class OptimizerReader:
         known = inspect.signature(type(optimizer)).parameters
         self._keys = tuple(key for key in optimizer.defaults if key in known)
         self._optimizer = weakref.ref(optimizer)
+        self._groups = _plain_groups(optimizer)
         self._settings = self._read(optimizer)
 
     def describe(self) -> run_pb2.Optimizer:
@@ -74,10 +78,60 @@ class OptimizerReader:
         if optimizer is not None:
             optimizer._opt_called = True  # type: ignore[attr-defined]  # set by torch itself in optimizer.step()
 
+    def remake(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Return a new optimizer of the same class, groups and hyperparameters over a copy of the model, without state.
+
+        OptimizerError if the user has let go of the optimizer.
+        """
+        optimizer = self._optimizer()
+        if optimizer is None:
+            raise OptimizerError(
+                "The optimizer is gone: nothing refers to it any more",
+                expected="the optimizer that the trainer was made with",
+                remedy="keep a variable that refers to it",
+            )
+        parameters = dict(model.named_parameters())
+        groups = [
+            {**{key: group[key] for key in self._keys if key in group}, "params": [parameters[name] for name in names]}
+            for group, names in zip(optimizer.param_groups, self._members, strict=True)
+        ]
+        return type(optimizer)(groups)  # type: ignore[call-arg]  # every class of SUPPORTED has defaults for the rest
+
+    @property
+    def name(self) -> str:
+        """Class name in torch.optim."""
+        return self._name
+
+    @property
+    def members(self) -> list[list[str]]:
+        """TensorSpec names of each group's members."""
+        return self._members
+
+    def settings(self) -> list[dict[str, Any]]:
+        """Return all settings of each group as they are now, for JSON: also what schedulers put there."""
+        self._current()
+        return [dict(group) for group in self._groups]
+
+    def restore(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Set the groups' settings, also in the user's optimizer, as its own load_state_dict would."""
+        optimizer = self._optimizer()
+        if optimizer is None:
+            self._groups = [dict(group) for group in groups]
+            self._settings = [self._arguments(index, group) for index, group in enumerate(groups)]
+            return
+        for group, saved in zip(optimizer.param_groups, groups, strict=True):
+            for key, value in saved.items():
+                present = group.get(key)
+                if isinstance(present, torch.Tensor):
+                    present.fill_(value)
+                elif key != "params":
+                    group[key] = tuple(value) if isinstance(value, list) else value
+
     def _current(self) -> list[list[graph_pb2.NamedArgument]]:
         optimizer = self._optimizer()
         if optimizer is not None:
             self._settings = self._read(optimizer)
+            self._groups = _plain_groups(optimizer)
         return self._settings
 
     def _read(self, optimizer: torch.optim.Optimizer) -> list[list[graph_pb2.NamedArgument]]:
@@ -88,13 +142,13 @@ class OptimizerReader:
                 got=str(len(optimizer.param_groups)),
                 remedy="make a new trainer",
             )
+        return [self._arguments(index, group) for index, group in enumerate(optimizer.param_groups)]
+
+    def _arguments(self, index: int, group: Mapping[str, Any]) -> list[graph_pb2.NamedArgument]:
         return [
-            [
-                graph_pb2.NamedArgument(name=key, value=_argument(f"group {index}, {key}", group[key]))
-                for key in self._keys
-                if key in group
-            ]
-            for index, group in enumerate(optimizer.param_groups)
+            graph_pb2.NamedArgument(name=key, value=_argument(f"group {index}, {key}", group[key]))
+            for key in self._keys
+            if key in group
         ]
 
 
@@ -144,6 +198,23 @@ def _members(optimizer: torch.optim.Optimizer, model: nn.Module, names: Mapping[
                 members.append(names[id(parameter)])
         groups.append(members)
     return groups
+
+
+def _plain_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return what each group has besides its members, as far as JSON has a form for it."""
+    return [
+        {key: plain for key, value in group.items() if key != "params" and (plain := _plain(value)) is not _NO_FORM}
+        for group in optimizer.param_groups
+    ]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value.item()
+    if isinstance(value, tuple | list):
+        items = [_plain(item) for item in value]
+        return _NO_FORM if _NO_FORM in items else items
+    return value if value is None or isinstance(value, bool | int | float | str) else _NO_FORM
 
 
 def _argument(where: str, value: Any) -> graph_pb2.Argument:

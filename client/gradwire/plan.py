@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradwire_protocol.errors import PlanError
-from gradwire_protocol.v1 import run_pb2
+from gradwire_protocol.v1 import run_pb2, tensors_pb2
 
 MAXIMUM_WINDOW = 16
 _SCHEDULES = ("auto", "gpipe", "1f1b")
@@ -28,7 +28,8 @@ class Plan:
     exchange: how replicas agree on gradients.
     compression, activation_compression: codec of gradients, and of boundary values.
     zero: sharding of the optimizer's state.
-    recompute: run a stage's forward pass again before its backward pass, instead of keeping what it needs.
+    recompute: run a stage's forward pass again before its backward pass, instead of keeping what that needs: for each
+        micro-batch on its way a stage holds the values that it received, and no more.
     virtual_stages: stages that one server hosts.
     window: steps that may be open at once, 1 to 16.
     transport: what moves tensors between servers.
@@ -59,7 +60,6 @@ class Plan:
             _check_supported(name, getattr(self, name), (1,))
         if not isinstance(self.recompute, bool):
             raise PlanError("recompute is not valid", expected="True or False", got=repr(self.recompute))
-        _check_supported("recompute", self.recompute, (False,))
         _check_supported("schedule", self.schedule, _SCHEDULES)
         _check_supported("exchange", self.exchange, ("ring",))
         _check_supported("compression", self.compression, ("none",))
@@ -69,10 +69,17 @@ class Plan:
         if self.cuts is not None:
             object.__setattr__(self, "cuts", _checked_cuts(self.cuts, self.stages))
 
-    def to_proto(self, *, rows: int, cut_before: Callable[[str], int]) -> run_pb2.Plan:
+    def to_proto(
+        self,
+        *,
+        rows: int,
+        cut_before: Callable[[str], int],
+        precision: tensors_pb2.DataType = tensors_pb2.DATA_TYPE_UNSPECIFIED,
+    ) -> run_pb2.Plan:
         """Return the message for the coordinator.
 
-        rows: of the example batch. cut_before: gives the node position at which a module begins.
+        rows: of the example batch. cut_before: gives the node position at which a module begins. precision: the type
+        that autocast takes.
         """
         positions = [cut if isinstance(cut, int) else cut_before(cut) for cut in self.cuts or ()]
         for earlier, later in itertools.pairwise(positions):
@@ -92,6 +99,8 @@ class Plan:
             window=self.window,
             cuts=positions,
             expected_rows=rows,
+            recompute=self.recompute,
+            precision=precision,
         )
 
 

@@ -50,9 +50,10 @@ class ProgressBar:
     ) -> None:
         self.finish()
 
-    def start(self) -> None:
-        """Show it, and count the time from now on."""
+    def start(self, done: int = 0) -> None:
+        """Show it, with so many steps done before, and count the time from now on."""
         self._progress.start_task(self._task)
+        self._progress.update(self._task, completed=done)
         self._progress.start()
 
     def finish(self) -> None:

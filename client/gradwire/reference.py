@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from gradwire.batches import split_sizes
 from gradwire.graph import ExportedModel
+from gradwire.graph.precision import autocast
 from gradwire.graph.wrapper import Wrapper
 from gradwire_protocol.errors import ModelError
 from gradwire_protocol.v1 import graph_pb2
@@ -30,11 +31,12 @@ def reference_step(
     *,
     micro_batches: int,
     max_grad_norm: float | None,
+    precision: torch.dtype | None = None,
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Take one step; return the loss, and by name the gradients that the optimizer saw.
 
     exported: the model as data, which says what of the batch is split, and what the loss means. ModelError if the model
-    draws random numbers.
+    draws random numbers. precision: run model and loss under autocast to this type, the backward pass outside of it.
     """
     model.train()
     module = Wrapper(model, loss, exported.batch, with_loss=True, with_output=False)
@@ -42,7 +44,7 @@ def reference_step(
     total = total_weight = 0.0
     random_state = torch.get_rng_state()
     for rows, tensors in _micro_batches(exported, batch, micro_batches):
-        with _CrossEntropyWeight() as seen:
+        with _CrossEntropyWeight() as seen, autocast(precision, model):
             parts = module(*tensors)
         if module.outputs.loss == 2:
             weighted, weight = parts[0], float(parts[1])

@@ -40,6 +40,7 @@ class ServiceProcess:
     def __init__(self, name: str, module: str, arguments: Sequence[str], log: Path) -> None:
         self.name = name
         self.log = log
+        self._addresses: Addresses | None = None
         self._ready, child_end = os.pipe()
         # -P: a module of the same name in the user's working directory must not stand in for ours.
         command = [sys.executable, "-P", "-m", module, *arguments, "--ready-fd", str(child_end), "--watch-stdin"]
@@ -65,7 +66,9 @@ class ServiceProcess:
         return self._process.pid
 
     def wait_ready(self, deadline: float) -> Addresses:
-        """Wait until the service listens, at most until `deadline` (time.monotonic())."""
+        """Wait until the service listens, at most until `deadline` (time.monotonic()). Idempotent."""
+        if self._addresses is not None:
+            return self._addresses
         line = b""
         while not line.endswith(b"\n"):
             remaining = deadline - time.monotonic()
@@ -81,7 +84,8 @@ class ServiceProcess:
                 raise self._ended_error("at its start")
             line += part
         report = json.loads(line)
-        return Addresses(address=report["address"], metrics_address=report["metrics_address"])
+        self._addresses = Addresses(address=report["address"], metrics_address=report["metrics_address"])
+        return self._addresses
 
     def check_running(self) -> None:
         """Raise an error with the end of its log if the process has ended."""

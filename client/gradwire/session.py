@@ -28,6 +28,8 @@ _COLLECT = "/gradwire_protocol.v1.StageService/Collect"
 # A broken link to a server mostly means that the server is gone; the coordinator then says so, and says more.
 _VERDICT_SECONDS = 15.0
 _CLOSE_SECONDS = 10.0
+# How much of the state may be on its way to the servers before more of it is read.
+_STREAM_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Result:
     value: str
     micro_batch: int
     content: Value | None
+    # Name of the optimizer's state, where it is a value of that.
+    state: str = ""
 
 
 class Session:
@@ -77,11 +81,42 @@ class Session:
     def submit(self, entry: run_pb2.Entry) -> Future[run_pb2.EntryResult]:
         return self._drive.submit(entry)
 
-    def send_state(self, entry: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Deliver each tensor to every server that holds it, from the user's memory."""
+    def stream_state(self, entry: int, names: Iterable[str], read: Callable[[str], torch.Tensor]) -> None:
+        """Deliver tensors one after the other, each to every server that holds it, for an entry that is submitted.
+
+        `read` is called once for each tensor that any server holds. No more than one of them, and what makes up
+        _STREAM_BYTES, is kept at a time.
+        """
+        self._stream(entry, ((name, "") for name in names), lambda name, _: read(name))
+
+    def stream_optimizer_state(
+        self, entry: int, names: Iterable[tuple[str, str]], read: Callable[[str, str], Value]
+    ) -> None:
+        """Deliver values of the optimizer's state, by (parameter, state), as `stream_state` delivers tensors."""
+        self._stream(entry, names, read)
+
+    def _stream(self, entry: int, names: Iterable[tuple[str, str]], read: Callable[[str, str], Value]) -> None:
+        holders: dict[str, list[coordinator_pb2.ServerLayout]] = {}
         for server in self.servers:
             for name in server.tensors:
-                self._send(server, self._key(entry, 0, name, tensors_pb.DIRECTION_STATE), tensors[name])
+                holders.setdefault(name, []).append(server)
+        waiting = 0
+        for name, state in names:
+            if name not in holders:
+                continue
+            failure = self._drive.wait_failure(0)
+            if failure is not None:
+                raise failure
+            value = read(name, state)
+            key = self._key(entry, 0, name, tensors_pb.DIRECTION_STATE)
+            key.state = state
+            for server in holders[name]:
+                self._send(server, key, value)
+            waiting += value.nbytes if isinstance(value, torch.Tensor) else 0
+            del value
+            if waiting >= _STREAM_BYTES:
+                self._flush()
+                waiting = 0
 
     def send_batch(
         self,
@@ -110,17 +145,34 @@ class Session:
 
     def collect(self, entry: int, servers: Sequence[coordinator_pb2.ServerLayout]) -> list[Result]:
         """Return all results that these servers have for an entry, when it is done everywhere."""
+        parts: list[list[Result]] = [[] for _ in servers]
+        self._collect(entry, servers, [part.append for part in parts])
+        return [result for part in parts for result in part]
+
+    def collect_each(self, entry: int, take: Callable[[Result], None]) -> None:
+        """Give `take` each result of all servers' own tensors for an entry, as they come, on several threads.
+
+        May run on a thread beside the others of the session.
+        """
+        servers = [server for server in self.servers if server.owned_tensors]
+        self._collect(entry, servers, [take] * len(servers))
+
+    def _collect(
+        self,
+        entry: int,
+        servers: Sequence[coordinator_pb2.ServerLayout],
+        takes: Sequence[Callable[[Result], None]],
+    ) -> None:
         request = stage_pb2.CollectRequest(run=self._layout.run, generation=self._layout.generation, entry=entry)
         calls = [self._collect_call(server)(request) for server in servers]
         # At the same time: a server whose results nobody takes can hold the others up.
         with ThreadPoolExecutor(max(1, len(calls)), thread_name_prefix="collect") as pool:
             try:
-                parts = list(pool.map(self._read_results, servers, calls))
+                list(pool.map(self._read_results, servers, calls, takes))
             except BaseException:
                 for call in calls:
                     call.cancel()
                 raise
-        return [result for part in parts for result in part]
 
     def close(self) -> None:
         """End the run and close all connections. Idempotent."""
@@ -148,23 +200,29 @@ class Session:
         except GradwireError as error:
             raise self._verdict(error) from None
 
+    def _flush(self) -> None:
+        """Wait until the servers have everything that was sent to them."""
+        for sender in self._senders.values():
+            try:
+                sender.flush()
+            except GradwireError as error:
+                raise self._verdict(error) from None
+
     def _collect_call(self, server: coordinator_pb2.ServerLayout) -> Any:
         return self._channels[server.server].unary_stream(
             _COLLECT, request_serializer=stage_pb2.CollectRequest.SerializeToString, response_deserializer=None
         )
 
-    def _read_results(self, server: coordinator_pb2.ServerLayout, call: Any) -> list[Result]:
+    def _read_results(self, server: coordinator_pb2.ServerLayout, call: Any, take: Callable[[Result], None]) -> None:
         assembler = FrameAssembler()
-        results = []
         try:
             for frame in call:
                 message = assembler.feed(frame)
                 if message is not None:
                     key = message.header.key
-                    results.append(Result(key.value, key.micro_batch, _content(message)))
+                    take(Result(key.value, key.micro_batch, _content(message), key.state))
         except grpc.RpcError as error:
             raise self._verdict(from_rpc_error(error, target=_peer(server))) from None
-        return results
 
     def _sender_failed(self, error: GradwireError) -> None:
         """Called on a sender's thread: the run cannot go on, but leave the coordinator time to say why."""
@@ -202,7 +260,7 @@ def _message(key: tensors_pb.MessageKey, value: Value) -> tuple[tensors_pb.Tenso
         raise ModelError(
             f"{key.value} has no contents: it is on the meta device",
             expected="a model with its weights in memory",
-            remedy="materialise the model (model.to_empty, then its initialisation) before making the trainer",
+            remedy="give the trainer weights=…, or build the model on the CPU",
         )
     tensor = dense(value.detach())
     header = tensors_pb.TensorHeader(key=key, tensor=tensor_info(tensor))

@@ -5,10 +5,14 @@ Leaves connections to session.py, the graph to gradwire.graph, and the optimizer
 
 from __future__ import annotations
 
+import copy
+import os
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import grpc
@@ -17,7 +21,11 @@ from torch import nn
 
 from gradwire.batches import Batch, as_arguments, batches_of, length_of, micro_batches
 from gradwire.calls import coordinator_stub
+from gradwire.checkpoint.background import Save
+from gradwire.checkpoint.run import RunCheckpoints
 from gradwire.graph import ExportedModel, FlatBatch, export_model
+from gradwire.graph.dynamic import Dynamic
+from gradwire.graph.precision import precision_type
 from gradwire.optimizers import OptimizerReader
 from gradwire.outputs import join_outputs
 from gradwire.plan import Plan
@@ -25,6 +33,8 @@ from gradwire.progress import ProgressBar, is_terminal
 from gradwire.results import StepResult, step_result
 from gradwire.session import Session
 from gradwire.state import StateNames
+from gradwire.verification import Verification, verify
+from gradwire.weights import Weights, WeightSource
 from gradwire_protocol.errors import (
     DataError,
     ModelError,
@@ -33,7 +43,8 @@ from gradwire_protocol.errors import (
     SettingsError,
     from_rpc_error,
 )
-from gradwire_protocol.v1 import coordinator_pb2, graph_pb2, run_pb2
+from gradwire_protocol.torch_tensors import DATA_TYPES
+from gradwire_protocol.v1 import coordinator_pb2, graph_pb2, run_pb2, tensors_pb2
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -74,21 +85,33 @@ class Trainer:
         max_grad_norm: float | None,
         precision: str | None,
         description: str,
+        weights: Weights = None,
+        dynamic: Dynamic | None = None,
     ) -> None:
-        _check_arguments(model, plan, seed, max_grad_norm, precision)
+        _check_arguments(model, plan, seed, max_grad_norm)
+        data_type = precision_type(precision, model)
         batch = as_arguments(example)
+        self._cluster = cluster
+        self._model = weakref.ref(model)
+        self._loss = loss
         self._plan = plan
         self._max_grad_norm = max_grad_norm
+        self._precision = precision
         self._step = 0
         self._last_entry = 0
-        self._exported = export_model(model, loss, batch)
+        self._exported = export_model(model, loss, batch, dynamic=dynamic, precision=data_type)
         self._proto = self._exported.proto
         tensors = dict(self._exported.tensors)
+        source = WeightSource(weights, model, self._proto, tensors)
         self._optimizer = OptimizerReader(optimizer, model, tensors)
         rows = self._exported.flatten_batch(batch, graph_pb2.GRAPH_KIND_TRAIN).rows
         request = coordinator_pb2.CreateRunRequest(
             model=self._proto,
-            plan=plan.to_proto(rows=rows, cut_before=self._exported.cut_before),
+            plan=plan.to_proto(
+                rows=rows,
+                cut_before=self._exported.cut_before,
+                precision=tensors_pb2.DATA_TYPE_UNSPECIFIED if data_type is None else DATA_TYPES[data_type],
+            ),
             optimizer=self._optimizer.describe(),
             seed=seed,
             description=description or type(model).__name__,
@@ -103,8 +126,17 @@ class Trainer:
             open_channel=cluster.open_channel,
             window=plan.window,
         )
+        self._checkpoints = RunCheckpoints(
+            self._session,
+            self._names,
+            self._optimizer,
+            self._proto,
+            tensors=tensors,
+            seed=seed,
+        )
         try:
-            self._send_state(tensors)
+            self._names.keep(source.unused())
+            source.deliver(self._session)
         except BaseException:
             self.close()
             raise
@@ -117,12 +149,19 @@ class Trainer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if error is not None:
+            self._session.close()  # a checkpoint on its way is given up
         self.close()
 
     @property
     def run_id(self) -> str:
         """The run's identifier, as the coordinator shows it."""
         return self._layout.run
+
+    @property
+    def steps_done(self) -> int:
+        """Number of the last step that was dispatched, or that a loaded checkpoint follows."""
+        return self._step
 
     @property
     def plan(self) -> coordinator_pb2.PlanSummary:
@@ -215,7 +254,7 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Return the current weights on the CPU under exactly the keys of `model.state_dict()`.
 
-        Tied keys share one tensor.
+        Tied keys share one tensor. What no graph uses stays as the module or the weight files have it.
         """
         number = self._session.reserve()
         future = self._session.submit(run_pb2.Entry(number=number, fetch_state=run_pb2.FetchState()))
@@ -230,17 +269,82 @@ class Trainer:
         gradients = self._collect_tensors(self._last_entry, step.future)
         return step.wait(), gradients
 
+    def verify(self, batch: Any, *, double: bool = True) -> Verification:
+        """Compare one step of this run's model, from its current weights, with the same step in this process.
+
+        The run itself is not touched: a second, short one with the same plan takes the step, on other stage servers.
+        A local cluster starts those that it lacks, and ends them afterwards; elsewhere as many as this run has must be
+        free. Both sides begin with an optimizer without state, of this run's class and present hyperparameters.
+
+        batch: as a loader gives it. double: compare in float64, which judges the updated weights too. PlanError if
+        there are too few free servers; ModelError if the model draws random numbers in training (dropout), or if the
+        user has let go of it; OptimizerError if the user has let go of the optimizer.
+        """
+        model = self._model()
+        if model is None:
+            raise ModelError(
+                "The model is gone: nothing refers to it any more",
+                expected="the model that the trainer was made with, which is run in this process",
+                remedy="keep a variable that refers to it, or call gradwire.verify with a model",
+            )
+        if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+            raise ModelError(
+                "The model cannot be run in this process: it is on the meta device",
+                expected="a model with its tensors in memory",
+                remedy="verify a smaller model of the same kind with gradwire.verify",
+            )
+        present = copy.deepcopy(model)
+        present.load_state_dict(self.state_dict())
+        servers = [server.server for server in self._layout.servers]
+        with self._cluster.spare_servers(len(servers), busy=servers):
+            return verify(
+                self._cluster,
+                present,
+                self._optimizer.remake,
+                loss=self._loss,
+                batch=batch,
+                plan=self._plan,
+                max_grad_norm=self._max_grad_norm,
+                double=double,
+                precision=self._precision,
+            )
+
+    def save(
+        self, path: str | os.PathLike[str], *, data_position: Mapping[str, Any] | None = None, wait: bool = True
+    ) -> Save:
+        """Write a checkpoint to a directory: weights, buffers, the optimizer's state and settings, the step, the seed.
+
+        It has the state after the last dispatched step, and takes the place of a checkpoint that is there, whole or not
+        at all. data_position: what `load` shall give back, such as where the loader was; must have a form in JSON.
+        wait: until it is on disk; otherwise it is written while training goes on, and a failure is raised by the
+        result's `wait`, or else reported as a CheckpointWarning by one of the next calls.
+        CheckpointError for what cannot be written.
+        """
+        save = self._checkpoints.save(Path(path), self._step, data_position)
+        if wait:
+            save.wait()
+        return save
+
+    def load(self, path: str | os.PathLike[str]) -> dict[str, Any] | None:
+        """Continue from a checkpoint, as the run that saved it would have; return its data_position.
+
+        Steps are numbered on from its step. The hyperparameters of the optimizer's groups, the user's own optimizer's
+        too, are set to what they were; schedulers are the user's to restore (scheduler.load_state_dict). Plan, servers
+        and window may be others. CheckpointError, before anything has changed, if a file is not whole, or if model,
+        optimizer or seed are not those of the checkpoint.
+        """
+        manifest = self._checkpoints.load(Path(path))
+        self._step = manifest.step
+        return manifest.data_position
+
     def close(self) -> None:
-        """End the run and free its servers. Idempotent."""
+        """End the run and free its servers, when a checkpoint on its way is on disk. Idempotent."""
+        self._checkpoints.settle()
+        self._checkpoints.report()
         self._session.close()
 
-    def _send_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        number = self._session.reserve()
-        self._session.send_state(number, tensors)
-        entry = run_pb2.Entry(number=number, load_state=run_pb2.LoadState())
-        self._session.submit(entry).result()
-
     def _dispatch_step(self, batch: Batch, *, return_gradients: bool = False) -> _OpenStep:
+        self._checkpoints.report()
         flat = self._flatten(batch, graph_pb2.GRAPH_KIND_TRAIN)
         parts = micro_batches(flat.rows, self._plan.microbatches)
         train_step = run_pb2.TrainStep(
@@ -282,7 +386,7 @@ def _create_run(cluster: Cluster, request: coordinator_pb2.CreateRunRequest) -> 
     return layout
 
 
-def _check_arguments(model: Any, plan: Any, seed: Any, max_grad_norm: Any, precision: Any) -> None:
+def _check_arguments(model: Any, plan: Any, seed: Any, max_grad_norm: Any) -> None:
     if not isinstance(model, nn.Module):
         raise ModelError("The model is not a module", expected="a torch.nn.Module", got=repr(type(model)))
     if not isinstance(plan, Plan):
@@ -293,13 +397,6 @@ def _check_arguments(model: Any, plan: Any, seed: Any, max_grad_norm: Any, preci
         number = isinstance(max_grad_norm, int | float) and not isinstance(max_grad_norm, bool)
         if not number or not max_grad_norm > 0:
             raise SettingsError("max_grad_norm is not valid", expected="a number above 0", got=repr(max_grad_norm))
-    if precision is not None:
-        raise PlanError(
-            f"precision={precision!r} cannot be carried out by this version",
-            expected="None: the parameters' own data type",
-            got=repr(precision),
-            remedy="leave precision out, or convert the model (model.bfloat16())",
-        )
 
 
 def _with_progress(results: Iterator[StepResult], total: int | None) -> Iterator[StepResult]:

@@ -1,7 +1,9 @@
 """Equality: one training step on a cluster against the same step in this process.
 
 Tolerances: in float64, 1e-10 for loss, gradients and updated weights. In float32, 1e-5 for loss and gradients, while
-weights are shown but not judged: Adam divides rounding by rounding, so that only a float64 run can judge them.
+weights are shown but not judged: Adam divides rounding by rounding, so that only a float64 run can judge them. Under
+autocast to bfloat16, 3e-2 for loss and gradients: bfloat16's epsilon is 8e-3, and one process that rounds in another
+place than the cluster is that far from it. Errors below that are for a comparison in float64 to find.
 """
 
 from __future__ import annotations
@@ -14,7 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
+from gradwire.batches import Batch, as_arguments
+from gradwire.graph.precision import precision_type
 from gradwire.reference import reference_step
 from gradwire_protocol.errors import ModelError
 
@@ -22,15 +27,19 @@ if TYPE_CHECKING:
     from gradwire.cluster import Cluster
     from gradwire.plan import Plan
 
-_TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
+_TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """How far one tensor is from the reference: the largest difference ÷ the tensor's largest reference value."""
+    """How far one tensor is from the reference.
+
+    absolute: the largest difference of an element. relative: that ÷ the tensor's largest reference value.
+    """
 
     name: str
     relative: float
+    absolute: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +79,22 @@ class Verification:
             judged.append(self.weight_difference)
         return not self.mismatched and all(difference <= self.tolerance for difference in judged)
 
+    def to_record(self) -> dict[str, Any]:
+        """Return the verdict and the largest differences for JSON, without the tensors' own."""
+        return {
+            "data_type": self.data_type,
+            "equal": self.equal,
+            "loss": self.loss,
+            "reference_loss": self.reference_loss,
+            "loss_difference": self.loss_difference,
+            "gradient_difference": self.gradient_difference,
+            "weight_difference": self.weight_difference,
+            "weights_judged": self.weights_judged,
+            "mismatched": list(self.mismatched),
+            "tolerance": self.tolerance,
+            "text": str(self),
+        }
+
     def __str__(self) -> str:
         weights = f", updated weights {self.weight_difference:.1e}" if self.weights_judged else ""
         verdict = "equal to one process" if self.equal else "NOT EQUAL to one process"
@@ -88,18 +113,30 @@ def verify(
     make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
     *,
     loss: Callable[..., Any] | nn.Module | None,
-    batch: tuple[Any, ...] | Mapping[str, Any],
+    batch: Any,
     plan: Plan,
     max_grad_norm: float | None = None,
+    double: bool = False,
+    precision: str | None = None,
 ) -> Verification:
     """Train one step on the cluster and one here, from the same weights on the same batch, and compare.
 
     make_optimizer: called with each side's copy of the model, of which each has its own. The model itself is not
-    changed; its parameters are float64 or float32. ModelError if it draws random numbers in training (dropout): eager
-    mode draws others than the cluster.
+    changed; its parameters are float64 or float32. batch: as a loader gives it. double: compare copies of model and
+    batch in float64, which judges the updated weights too. precision: as of a trainer, on both sides; without effect
+    in float64, which autocast leaves as it is. The cluster needs free servers for the plan.
+
+    ModelError if the model draws random numbers in training (dropout): eager mode draws others than the cluster.
     """
-    data_type = _data_type(model)
     distributed, eager = copy.deepcopy(model), copy.deepcopy(model)
+    batch = as_arguments(batch)
+    if double:
+        distributed, eager, batch = distributed.double(), eager.double(), _doubled(batch)
+        # A loss may hold tensors, such as the weights of classes.
+        loss = copy.deepcopy(loss).double() if isinstance(loss, nn.Module) else loss
+        precision = None
+    data_type = _data_type(eager)
+    autocast_type = precision_type(precision, eager)
     with cluster.trainer(
         distributed,
         make_optimizer(distributed),
@@ -107,6 +144,7 @@ def verify(
         example=batch,
         plan=plan,
         max_grad_norm=max_grad_norm,
+        precision=precision,
         description="verification",
     ) as trainer:
         result, gradients = trainer.step_with_gradients(*_positional(batch), **_keywords(batch))
@@ -119,17 +157,22 @@ def verify(
         batch,
         micro_batches=plan.microbatches,
         max_grad_norm=max_grad_norm,
+        precision=autocast_type,
     )
-    tolerance = _TOLERANCES[data_type]
+    tolerance = _TOLERANCES[data_type if autocast_type is None else autocast_type]
     return Verification(
-        data_type=str(data_type).removeprefix("torch."),
+        data_type=_name(data_type) + (f" under {_name(autocast_type)} autocast" if autocast_type else ""),
         tolerance=tolerance,
         loss=result.loss,
         reference_loss=reference_loss,
-        gradients=differences(gradients, reference_gradients, tolerance),
+        gradients=differences(gradients, reference_gradients, tolerance, rounded_to=autocast_type),
         # Tied names once; buffers count as weights.
         weights=differences(
-            weights, {**dict(eager.named_parameters()), **dict(eager.named_buffers())}, tolerance, reference_gradients
+            weights,
+            {**dict(eager.named_parameters()), **dict(eager.named_buffers())},
+            tolerance,
+            reference_gradients,
+            rounded_to=autocast_type,
         ),
         weights_judged=data_type is torch.float64,
         mismatched=tuple(sorted(gradients.keys() ^ reference_gradients.keys())),
@@ -141,16 +184,19 @@ def differences(
     references: Mapping[str, torch.Tensor],
     tolerance: float,
     gradients: Mapping[str, torch.Tensor] | None = None,
+    *,
+    rounded_to: torch.dtype | None = None,
 ) -> tuple[Difference, ...]:
     """Return the relative difference of each floating tensor that both have, largest first.
 
     The scale is the tensor's largest reference value, but at least what rounding of the largest value of all tensors
     can amount to: a gradient that is zero but for rounding (of a bias before a normalisation) has no scale of its own.
     gradients: leave out elements whose gradient is not above that floor: their update is rounding divided by rounding.
+    rounded_to: what values were rounded to on their way, if that is coarser than their own type.
     """
     names = [name for name in references if name in tensors and references[name].is_floating_point()]
-    floor = _rounding_floor(references, names, tolerance)
-    gradient_floor = _rounding_floor(gradients, list(gradients), tolerance) if gradients is not None else 0.0
+    floor = _rounding_floor(references, names, tolerance, rounded_to)
+    gradient_floor = _rounding_floor(gradients or {}, list(gradients or {}), tolerance, rounded_to)
     found = []
     for name in names:
         reference = references[name].detach().double().cpu()
@@ -159,17 +205,27 @@ def differences(
             difference = difference[gradients[name].abs() > gradient_floor]
         scale = max(_largest(reference), floor)
         largest = _largest(difference)
-        found.append(Difference(name=name, relative=largest / scale if scale > 0 else largest))
+        relative = largest / scale if scale > 0 else largest
+        found.append(Difference(name=name, relative=relative, absolute=largest))
     # NaN sorts first: it is a difference.
     return tuple(sorted(found, key=lambda item: (not math.isnan(item.relative), -item.relative)))
 
 
-def _rounding_floor(tensors: Mapping[str, torch.Tensor], names: Iterable[str], tolerance: float) -> float:
+def _rounding_floor(
+    tensors: Mapping[str, torch.Tensor], names: Iterable[str], tolerance: float, rounded_to: torch.dtype | None
+) -> float:
     """Return the value whose rounding, relative to it, is the tolerance, given that of the largest value of all."""
     return max(
-        (_largest(tensors[name].detach()) * torch.finfo(tensors[name].dtype).eps / tolerance for name in names),
+        (
+            _largest(tensors[name].detach()) * torch.finfo(rounded_to or tensors[name].dtype).eps / tolerance
+            for name in names
+        ),
         default=0.0,
     )
+
+
+def _name(data_type: torch.dtype) -> str:
+    return str(data_type).removeprefix("torch.")
 
 
 def _largest(tensor: torch.Tensor) -> float:
@@ -178,7 +234,7 @@ def _largest(tensor: torch.Tensor) -> float:
 
 def _data_type(model: nn.Module) -> torch.dtype:
     types = {parameter.dtype for parameter in model.parameters()}
-    if len(types) != 1 or not types <= _TOLERANCES.keys():
+    if len(types) != 1 or not types <= {torch.float64, torch.float32}:
         raise ModelError(
             "The comparison needs parameters of one type",
             expected="float64 or float32",
@@ -186,6 +242,11 @@ def _data_type(model: nn.Module) -> torch.dtype:
             remedy="convert a copy: copy.deepcopy(model).double()",
         )
     return types.pop()
+
+
+def _doubled(batch: Batch) -> Any:
+    """Return the batch with its floating tensors in float64."""
+    return pytree.tree_map_only(torch.Tensor, lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, batch)
 
 
 def _positional(batch: tuple[Any, ...] | Mapping[str, Any]) -> tuple[Any, ...]:

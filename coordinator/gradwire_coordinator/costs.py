@@ -72,22 +72,24 @@ def rows_per_micro_batch(expected_rows: int, micro_batches: int) -> int:
 
 
 def node_seconds(
-    nodes: Sequence[graph_pb2.Node], rows: int, devices: Sequence[Rates]
+    nodes: Sequence[graph_pb2.Node], rows: int, devices: Sequence[Rates], recomputes: Sequence[bool] | None = None
 ) -> npt.NDArray[np.float64]:  # (devices, nodes)
     """Return forward plus backward seconds of each node on each device, for one micro-batch of `rows`.
 
     A node takes what its arithmetic or its memory traffic takes, whichever is longer (the roofline model: Williams et
-    al., 2009).
+    al., 2009). `recomputes`: which devices run every forward a second time, for its backward.
     """
     flops = np.array([max(0, node.flops.fixed + node.flops.per_row * rows) for node in nodes], dtype=np.float64)
     moved = np.array([max(0, node.bytes.fixed + node.bytes.per_row * rows) for node in nodes], dtype=np.float64)
     passes = np.array(
         [1.0 if node.no_grad or not can_need_gradient(node.output) else 1.0 + BACKWARD_TO_FORWARD for node in nodes]
     )
+    again = [float(item) for item in recomputes or [False] * len(devices)]
     return np.stack(
         [
-            passes * (np.maximum(flops / rates.flops_per_second, moved / rates.bytes_per_second) + _NODE_SECONDS)
-            for rates in devices
+            (passes + extra)
+            * (np.maximum(flops / rates.flops_per_second, moved / rates.bytes_per_second) + _NODE_SECONDS)
+            for rates, extra in zip(devices, again, strict=True)
         ]
     )
 

@@ -9,23 +9,38 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from gradwire_protocol.errors import FrameError, LimitExceeded, ModelError, OptimizerError, StaleGeneration
+from gradwire_protocol.errors import (
+    CheckpointError,
+    FrameError,
+    LimitExceeded,
+    ModelError,
+    OptimizerError,
+    StaleGeneration,
+)
+from gradwire_protocol.frames import MAXIMUM_STATE_BYTES, MAXIMUM_VALUE_BYTES
+from gradwire_protocol.relative_paths import check_relative
 from gradwire_protocol.v1 import run_pb2
 
 _MAXIMUM_ROWS = 2**40
+_MAXIMUM_STEP = 2**48
+# Values of the optimizer's state for each parameter; torch.optim has at most four.
+_MAXIMUM_STATES = 16
 
 
 class EntryRules:
     """Checks the entries of one run, in the order in which they come."""
 
-    def __init__(self, *, generation: int, plan: run_pb2.Plan, parameter_groups: int, has_predict: bool) -> None:
+    def __init__(
+        self, *, generation: int, plan: run_pb2.Plan, groups: Sequence[run_pb2.OptimizerGroup], has_predict: bool
+    ) -> None:
         self._generation = generation
         self._window = plan.window
         self._micro_batches = plan.micro_batches
-        self._parameter_groups = parameter_groups
+        self._parameter_groups = len(groups)
+        self._trained = frozenset(name for group in groups for name in group.parameters)
         self._has_predict = has_predict
         self._last_number = 0
-        self._last_step: int | None = None
+        self._last_step = 0
 
     def check(self, entry: run_pb2.Entry, open_entries: int) -> None:
         """Take the next entry, with so many before it unfinished; a typed error if it is not valid."""
@@ -59,7 +74,9 @@ class EntryRules:
                 expected="LoadState as entry 1",
                 got=f"{kind} as entry {entry.number}",
             )
-        if kind == "train_step":
+        if kind == "load_state":
+            self._check_load(entry.load_state)
+        elif kind == "train_step":
             self._check_step(entry.train_step)
         elif kind == "evaluate":
             self._check_micro_batches(entry.evaluate.micro_batches)
@@ -71,15 +88,54 @@ class EntryRules:
                     remedy="give the trainer a loss, and a model that returns predictions",
                 )
             self._check_micro_batches(entry.predict.micro_batches)
+        elif kind == "save_state":
+            raise CheckpointError(
+                "Stage servers of this version write no checkpoints",
+                remedy="let the client collect the state and write it: trainer.save(path)",
+            )
         elif kind is None:
             raise FrameError("An entry of no known kind", got=f"entry {entry.number}")
 
+    def _check_load(self, load: run_pb2.LoadState) -> None:
+        _check_weights(load)
+        names = [(item.parameter, item.state) for item in load.optimizer_state]
+        most = _MAXIMUM_STATES * len(self._trained)
+        if len(names) > most:
+            raise LimitExceeded(
+                "A checkpoint has too many values of the optimizer's state",
+                expected=f"at most {most}: {_MAXIMUM_STATES} for each of {len(self._trained)} parameters",
+                got=str(len(names)),
+            )
+        if len(set(names)) < len(names):
+            raise FrameError("A value of the optimizer's state is named twice", expected="unique names")
+        for parameter, state in names:
+            if parameter not in self._trained:
+                raise OptimizerError(
+                    "A checkpoint has state for a parameter that the optimizer does not have",
+                    expected="parameters of the run's optimizer",
+                    got=repr(parameter[:80]),
+                )
+            if not 1 <= len(state.encode()) <= MAXIMUM_STATE_BYTES:
+                raise FrameError(
+                    f"A value of the optimizer's state of {parameter!r} has a wrong name",
+                    expected=f"1 to {MAXIMUM_STATE_BYTES} bytes",
+                    got=str(len(state.encode())),
+                )
+        if load.weight_version > _MAXIMUM_STEP:
+            raise FrameError(
+                "A checkpoint has a wrong number of steps",
+                expected=f"0 to {_MAXIMUM_STEP}",
+                got=str(load.weight_version),
+            )
+        self._last_step = load.weight_version
+
     def _check_step(self, step: run_pb2.TrainStep) -> None:
         self._check_micro_batches(step.micro_batches)
-        if step.step < 1 or (self._last_step is not None and step.step != self._last_step + 1):
-            expected = "1 or more" if self._last_step is None else str(self._last_step + 1)
+        if step.step != self._last_step + 1:
             raise FrameError(
-                "Training steps are numbered without gaps", expected=f"step {expected}", got=str(step.step)
+                "Training steps are numbered without gaps",
+                expected=f"step {self._last_step + 1}",
+                got=str(step.step),
             )
         groups = len(step.hyperparameters.groups)
         if groups != self._parameter_groups:
@@ -111,3 +167,16 @@ class EntryRules:
                     f"for replica {part.replica}",
                 )
             row += part.rows
+
+
+def _check_weights(load: run_pb2.LoadState) -> None:
+    """Check what is said of weights that servers read; whether they are there, only the servers can know."""
+    if load.weights_directory:
+        check_relative(load.weights_directory, "The directory of weights")
+    size = len(load.weights_prefix.encode())
+    if size > MAXIMUM_VALUE_BYTES or (size and not load.weights_directory):
+        raise FrameError(
+            "Wrong prefix of the weights' names",
+            expected=f"{MAXIMUM_VALUE_BYTES} bytes at most, and a directory of weights",
+            got=f"{size} bytes, directory {load.weights_directory!r}",
+        )

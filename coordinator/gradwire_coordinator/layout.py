@@ -14,7 +14,7 @@ from gradwire_coordinator.costs import device_rates, node_seconds, rows_per_micr
 from gradwire_coordinator.graph_index import value_bytes
 from gradwire_coordinator.model_checks import IndexedModel
 from gradwire_coordinator.partition import check_cuts, partition
-from gradwire_coordinator.programs import ProgramBook, choose_schedule, training_programs
+from gradwire_coordinator.programs import ProgramBook, choose_schedule, recomputing_stages, training_programs
 from gradwire_coordinator.registry import Server
 from gradwire_coordinator.segments import Segments, make_segments
 from gradwire_coordinator.timetable import check_programs, draw
@@ -55,16 +55,18 @@ def lay_out(
     plan = request.plan
     rows = rows_per_micro_batch(plan.expected_rows, plan.micro_batches)
     rates = device_rates([server.device for server in servers])
-    seconds = node_seconds(indexed.train.graph.nodes, rows, rates)
+    micro_batches = min(plan.micro_batches, plan.expected_rows)
+    schedule, extra_warm_up = choose_schedule(plan.schedule)
+    programs = training_programs(schedule, extra_warm_up, plan.stages, micro_batches)
+    recomputes = recomputing_stages(programs) if plan.recompute else None
+    seconds = node_seconds(indexed.train.graph.nodes, rows, rates, recomputes)
     usable = indexed.train.usable_cuts(indexed.mutated)
     if plan.cuts:
         cuts = check_cuts(plan.cuts, plan.stages, usable)
     else:
         cuts = partition(seconds, travelling_values(indexed.train, rows), usable)
     segments = make_segments(indexed, cuts, rows, rates[0])
-    schedule, extra_warm_up = choose_schedule(plan.schedule)
     ends = [0, *cuts, len(indexed.train.graph.nodes)]
-    micro_batches = min(plan.micro_batches, plan.expected_rows)
     summary = coordinator_pb2.PlanSummary(
         schedule=schedule,
         extra_warm_up=extra_warm_up,
@@ -101,6 +103,8 @@ def lay_out(
                 optimizer=request.optimizer,
                 loss_form=indexed.model.loss_form,
                 seed=request.seed,
+                recompute=plan.recompute,
+                precision=plan.precision,
             )
             for stage, server in enumerate(servers)
         ],

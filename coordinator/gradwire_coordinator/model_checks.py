@@ -11,7 +11,7 @@ from gradwire_coordinator.graph_index import MAXIMUM_TENSORS, GraphIndex, index_
 from gradwire_coordinator.programs import choose_schedule
 from gradwire_protocol.errors import LimitExceeded, ModelError, OptimizerError, PlanError
 from gradwire_protocol.frames import ELEMENT_BYTES, MAXIMUM_DIMENSIONS, MAXIMUM_VALUE_BYTES
-from gradwire_protocol.v1 import graph_pb2, run_pb2
+from gradwire_protocol.v1 import graph_pb2, run_pb2, tensors_pb2
 
 MAXIMUM_STAGES = 1024
 MAXIMUM_MICRO_BATCHES = 65_536
@@ -125,6 +125,13 @@ def check_plan(plan: run_pb2.Plan) -> None:
                 remedy=f"use stages to spread the model, and leave {field} at 1",
             )
     choose_schedule(plan.schedule)
+    if plan.precision not in (tensors_pb2.DATA_TYPE_UNSPECIFIED, tensors_pb2.DATA_TYPE_BFLOAT16):
+        raise PlanError(
+            "The plan's precision is not one that this version trains in",
+            expected="unspecified, or BFLOAT16",
+            got=str(plan.precision),
+            remedy="use BFLOAT16: FLOAT16 would need a scaled loss, and one decision of all servers to skip a step",
+        )
 
 
 def check_optimizer(optimizer: run_pb2.Optimizer, tensors: dict[str, graph_pb2.TensorSpec]) -> None:

@@ -5,12 +5,13 @@ Pure. Leaves to others: the schedules themselves (`schedules.py`), and sending p
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 
 from gradwire_coordinator.schedules import AUTO_EXTRA_WARM_UP, Programs, forward_only, gpipe, one_f_one_b
 from gradwire_protocol.errors import FrameError, ModelError, PlanError
-from gradwire_protocol.program import NORM, REDUCE, UPDATE, Action, program_to_proto
+from gradwire_protocol.program import BACKWARD, FORWARD, NORM, REDUCE, UPDATE, Action, program_to_proto
 from gradwire_protocol.v1 import graph_pb2, run_pb2
 
 
@@ -29,6 +30,20 @@ def training_programs(schedule: str, extra_warm_up: int, stages: int, micro_batc
         "1f1b": lambda: one_f_one_b(stages, micro_batches, extra_warm_up),
     }
     return makers[schedule]()
+
+
+def recomputing_stages(programs: Programs) -> list[bool]:
+    """Return which stages run forwards again under recomputation: those with work between a forward and its backward.
+
+    Elsewhere (the last stage of 1F1B) keeping what a forward made takes no more memory than making it again would.
+    """
+    return [
+        any(
+            action.kind == FORWARD and following != action._replace(kind=BACKWARD)
+            for action, following in itertools.zip_longest(program, program[1:])
+        )
+        for program in programs
+    ]
 
 
 class ProgramBook:

@@ -72,7 +72,7 @@ class Run:
         self._rules = EntryRules(
             generation=generation,
             plan=request.plan,
-            parameter_groups=len(request.optimizer.groups),
+            groups=request.optimizer.groups,
             has_predict=request.model.HasField("predict"),
         )
         self._context = context
@@ -204,6 +204,8 @@ class Run:
             self._finished_entry = result.entry
             if entry.HasField("train_step"):
                 self._step, self._loss = entry.train_step.step, result.loss
+            elif entry.HasField("load_state"):
+                self._step = entry.load_state.weight_version
             self._context.on_result(self, entry, result)
             self._results.put(result)
             last = self._draining and not self._window

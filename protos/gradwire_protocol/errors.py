@@ -62,7 +62,11 @@ class SettingsError(GradwireError):
 
 
 class DataError(GradwireError):
-    """Training data cannot be read, or there is too little of it."""
+    """Training data or weights cannot be read, do not fit, or are too few."""
+
+
+class CheckpointError(GradwireError):
+    """A checkpoint cannot be written, or is not whole, or does not fit the model."""
 
 
 class FrameError(GradwireError):
@@ -109,6 +113,7 @@ _TABLE: tuple[tuple[type[GradwireError], grpc.StatusCode, str], ...] = (
     (OptimizerError, grpc.StatusCode.INVALID_ARGUMENT, "OPTIMIZER"),
     (SettingsError, grpc.StatusCode.INVALID_ARGUMENT, "SETTINGS"),
     (DataError, grpc.StatusCode.INVALID_ARGUMENT, "DATA"),
+    (CheckpointError, grpc.StatusCode.FAILED_PRECONDITION, "CHECKPOINT"),
     (FrameError, grpc.StatusCode.INVALID_ARGUMENT, "FRAME"),
     (LimitExceeded, grpc.StatusCode.RESOURCE_EXHAUSTED, "LIMIT"),
     (RunNotFound, grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),

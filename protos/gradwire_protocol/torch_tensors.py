@@ -8,6 +8,7 @@ import torch
 
 from gradwire_protocol.errors import FrameError
 from gradwire_protocol.frames import Message
+from gradwire_protocol.safetensors_format import StoredTensor
 from gradwire_protocol.v1 import tensors_pb2 as pb
 
 DATA_TYPES: dict[torch.dtype, pb.DataType] = {
@@ -89,3 +90,11 @@ def tensor_from(message: Message) -> torch.Tensor:
     if info.strides:
         return flat.as_strided(tuple(info.shape), tuple(info.strides))
     return flat.view(tuple(info.shape))
+
+
+def tensor_from_file(stored: StoredTensor, data_type: int) -> torch.Tensor:
+    """Read a tensor from its file into memory of its own, and convert it to the type wanted, if it has another."""
+    dtype = TORCH_TYPES[stored.data_type]
+    if stored.size_bytes == 0:
+        return torch.empty(stored.shape, dtype=TORCH_TYPES[data_type])
+    return torch.frombuffer(stored.read(), dtype=dtype).view(stored.shape).to(TORCH_TYPES[data_type])

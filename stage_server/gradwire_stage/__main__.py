@@ -26,6 +26,7 @@ def serve(
     mailbox_bytes: Annotated[int | None, Flag(help="Limit for messages that wait.")] = None,
     outbox_bytes: Annotated[int | None, Flag(help="Limit for results that wait.")] = None,
     tensor_bytes: Annotated[int | None, Flag(help="Limit for a single tensor.")] = None,
+    weights_root: Annotated[Path | None, Flag(help="Directory that runs may load safetensors files from.")] = None,
     tls_authority: Annotated[Path | None, Flag(help="PEM file of the authority that both sides trust.")] = None,
     tls_certificate: Annotated[Path | None, Flag(help="PEM file of this server's certificate.")] = None,
     tls_key: Annotated[Path | None, Flag(help="PEM file of this server's key.")] = None,

@@ -11,17 +11,17 @@ import torch
 
 
 class BufferVersions:
-    """Gives a pass its own copies of the buffers that it writes to, and stores them when it is through."""
+    """Gives a pass its own copies of the buffers that it writes to, and stores what it made of them."""
 
     def __init__(self, store: MutableMapping[str, torch.Tensor], written: Iterable[str]) -> None:
         self._store = store
         self._written = tuple(written)
 
-    def begin(self) -> dict[str, torch.Tensor]:
-        """Copy the newest versions, for a pass to write to."""
-        return {name: self._store[name].clone() for name in self._written}
+    def copies(self, versions: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Copy the versions that a pass starts from, for it to write to."""
+        return {name: versions[name].clone() for name in self._written}
 
-    def commit(self, written: Mapping[str, torch.Tensor], assigned: Mapping[str, torch.Tensor]) -> None:
-        """Make what a pass wrote in place, and then what it assigned, the newest versions."""
-        for name, tensor in (*written.items(), *assigned.items()):
+    def commit(self, changed: Mapping[str, torch.Tensor]) -> None:
+        """Make what a pass wrote or assigned the newest versions."""
+        for name, tensor in changed.items():
             self._store[name] = tensor.detach()

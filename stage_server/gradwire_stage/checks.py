@@ -9,19 +9,22 @@ import math
 from collections.abc import Mapping, Sequence
 
 from gradwire_protocol.channels import parse_address
-from gradwire_protocol.errors import FrameError, LimitExceeded, PlanError, StaleGeneration
+from gradwire_protocol.errors import CheckpointError, FrameError, LimitExceeded, PlanError, StaleGeneration
 from gradwire_protocol.frames import (
     ELEMENT_BYTES,
     MAXIMUM_DIMENSIONS,
     MAXIMUM_RUN_CHARACTERS,
+    MAXIMUM_STATE_BYTES,
     MAXIMUM_VALUE_BYTES,
 )
 from gradwire_protocol.program import BACKWARD, FORWARD, NORM, REDUCE, UPDATE, Action, program_from_proto
-from gradwire_protocol.v1 import graph_pb2, run_pb2, stage_pb2
+from gradwire_protocol.v1 import graph_pb2, run_pb2, stage_pb2, tensors_pb2
 
 MAXIMUM_STAGES = 4096
 MAXIMUM_MICRO_BATCHES = 65536
 MAXIMUM_TENSORS = 1_000_000
+# Types of autocast. Not FLOAT16: it needs the loss scaled, and one decision of all servers to skip a step.
+_PRECISIONS = (tensors_pb2.DATA_TYPE_UNSPECIFIED, tensors_pb2.DATA_TYPE_BFLOAT16)
 _GRAPH_OF_ENTRY = {
     "train_step": graph_pb2.GRAPH_KIND_TRAIN,
     "evaluate": graph_pb2.GRAPH_KIND_EVALUATE,
@@ -67,6 +70,7 @@ def check_prepare(request: stage_pb2.PrepareRequest, server: str) -> stage_pb2.P
         "MEAN_OVER_ROWS or SUM_AND_WEIGHT",
         request.loss_form,
     )
+    _refuse_unless(request.precision in _PRECISIONS, "Wrong precision", "unspecified or BFLOAT16", request.precision)
     own = _check_peers(request)
     placements = _check_placements(request, own)
     _check_segments(request, own, placements)
@@ -222,6 +226,13 @@ def check_entry(
     )
     kind = entry.WhichOneof("kind")
     _refuse_unless(kind is not None, "An entry has no kind", "one that this version knows", "none")
+    if kind == "load_state":
+        _check_optimizer_state(entry.load_state.optimizer_state)
+    elif kind == "save_state":
+        raise CheckpointError(
+            "Stage servers of this version write no checkpoints",
+            remedy="let the client collect the state and write it: trainer.save(path)",
+        )
     program = program_from_proto(request.program)
     if kind not in _GRAPH_OF_ENTRY:
         _refuse_unless(not program, f"An entry of kind {kind} has a program", "none", len(program))
@@ -239,6 +250,25 @@ def check_entry(
     own = [item.index for item in micro_batches if item.replica == replica]
     _check_program(program, stages.get(_GRAPH_OF_ENTRY[kind], ()), own, train=kind == "train_step")
     return program
+
+
+def _check_optimizer_state(names: Sequence[run_pb2.OptimizerStateName]) -> None:
+    """Refuse repeated and overlong names; which parameters train here is the optimizer's to know."""
+    most = MAXIMUM_TENSORS
+    _refuse_unless(len(names) <= most, "Too many values of the optimizer's state", f"{most} at most", len(names))
+    seen: set[tuple[str, str]] = set()
+    for item in names:
+        check_name(item.parameter, "A parameter")
+        size = len(item.state.encode())
+        _refuse_unless(
+            1 <= size <= MAXIMUM_STATE_BYTES,
+            f"A value of the optimizer's state of {item.parameter!r} has a wrong name",
+            f"1 to {MAXIMUM_STATE_BYTES} bytes",
+            size,
+        )
+        name = (item.parameter, item.state)
+        _refuse_unless(name not in seen, "A value of the optimizer's state is named twice", "unique names", name)
+        seen.add(name)
 
 
 def _check_program(program: list[Action], stages: Sequence[int], micro_batches: list[int], *, train: bool) -> None:

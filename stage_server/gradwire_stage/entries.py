@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from gradwire_protocol.v1 import tensors_pb2 as pb
 from gradwire_stage import timeline as phases
 from gradwire_stage.gradients import Gradients
 from gradwire_stage.mailbox import Key
-from gradwire_stage.passes import Passes, put_result, take_tensor
+from gradwire_stage.optimizer import StateValue
+from gradwire_stage.passes import Passes, put_result, take, take_tensor
 from gradwire_stage.run_state import RunState
 from gradwire_stage.timeline import Timeline
+from gradwire_stage.weights import ServerWeights
 
 
 def run_entry(
@@ -28,7 +31,7 @@ def run_entry(
     kind = entry.WhichOneof("kind")
     match kind:
         case "load_state":
-            _load_state(run, timeline, entry.number)
+            _load_state(run, timeline, entry.number, entry.load_state)
         case "train_step":
             _train_step(run, timeline, entry, program, report)
         case "evaluate":
@@ -36,7 +39,7 @@ def run_entry(
         case "predict":
             _forward_only(run, timeline, entry, program, graph_pb2.GRAPH_KIND_PREDICT, report)
         case "fetch_state":
-            _fetch_state(run, timeline, entry.number)
+            _fetch_state(run, timeline, entry.number, optimizer_state=entry.fetch_state.optimizer_state)
         case _:
             raise InternalError(f"An entry of kind {kind} passed the checks")
     run.mailbox.finish(entry.number)
@@ -67,11 +70,13 @@ def _train_step(
     )
     gradients = Gradients(run, timeline, passes, entry=entry.number, step=step)
     loss_stage = run.loss_stage.get(graph_pb2.GRAPH_KIND_TRAIN)
-    for action in program:
+    for action, following in itertools.zip_longest(program, program[1:]):
         run.progress.begin(action)
         match action.kind:
             case kinds.FORWARD:
-                passes.forward(action.stage, action.micro_batch)
+                # Where the backward comes next, keeping takes no more memory at the peak than running it again would.
+                keep = not run.recompute or following == action._replace(kind=kinds.BACKWARD)
+                passes.forward(action.stage, action.micro_batch, keep=keep)
                 if action.stage == loss_stage:
                     gradients.send_weight()
             case kinds.BACKWARD:
@@ -115,11 +120,15 @@ def _forward_only(
     report.losses.extend(passes.loss_parts())
 
 
-def _load_state(run: RunState, timeline: Timeline[Any], entry: int) -> None:
-    """Copy what the client delivers into the tensors that the segments use."""
+def _load_state(run: RunState, timeline: Timeline[Any], entry: int, load: run_pb2.LoadState) -> None:
+    """Fill the tensors that the segments use, from the client or from files, and give the optimizer its state."""
     run.progress.doing = "taking the model's state"
+    timeline.switch(phases.DECODE)
+    weights = ServerWeights(load, run.weights_root, (placement.spec for placement in run.placements.values()))
     for name, placement in run.placements.items():
-        received = take_tensor(run, timeline, Key(entry, 0, name, pb.DIRECTION_STATE, 0))
+        received = weights.read(placement.spec)
+        if received is None:
+            received = take_tensor(run, timeline, Key(entry, 0, name, pb.DIRECTION_STATE, 0))
         tensor = run.tensors[name]
         if received is None or received.shape != tensor.shape or received.dtype != tensor.dtype:
             raise FrameError(
@@ -131,11 +140,26 @@ def _load_state(run: RunState, timeline: Timeline[Any], entry: int) -> None:
             tensor.copy_(received)
         del received  # the message's memory goes before the next tensor is taken
         run.progress.advance()
-    run.weight_version = 0
+    states: dict[str, dict[str, StateValue]] = {}
+    for item in load.optimizer_state:
+        if item.parameter in run.parameters:
+            key = Key(entry, 0, item.parameter, pb.DIRECTION_STATE, 0, item.state)
+            states.setdefault(item.parameter, {})[item.state] = _take_state(run, timeline, key)
+            run.progress.advance()
+    run.optimizer.restore(states)
+    run.weight_version = load.weight_version
 
 
-def _fetch_state(run: RunState, timeline: Timeline[Any], entry: int) -> None:
-    """Copy what the state dict holds and this server owns, for the client to collect."""
+def _take_state(run: RunState, timeline: Timeline[Any], key: Key) -> StateValue:
+    """Take a tensor, as a copy that may be written to, or a number."""
+    content = take(run, timeline, key)
+    if isinstance(content, pb.Absent):
+        raise FrameError(f"A message carries nothing: {key}", expected="a tensor or a number", got="absent")
+    return run.device.claim(content[0]).clone() if isinstance(content, tuple) else content
+
+
+def _fetch_state(run: RunState, timeline: Timeline[Any], entry: int, *, optimizer_state: bool) -> None:
+    """Copy what the state dict holds and this server owns, for the client to collect; and the optimizer's state."""
     run.progress.doing = "copying the model's state"
     timeline.switch(phases.ENCODE)
     for name, tensor in run.tensors.items():
@@ -147,3 +171,12 @@ def _fetch_state(run: RunState, timeline: Timeline[Any], entry: int) -> None:
             copy = dense(tensor.detach()).clone()
             put_result(run, timeline, entry, run.result(entry, 0, name, copy, stage=run.first_stage))
             run.progress.advance()
+            if optimizer_state:
+                _copy_optimizer_state(run, timeline, entry, name)
+
+
+def _copy_optimizer_state(run: RunState, timeline: Timeline[Any], entry: int, parameter: str) -> None:
+    for state, value in run.optimizer.state_of(parameter).items():
+        copy = dense(value.detach()).clone() if isinstance(value, torch.Tensor) else value
+        put_result(run, timeline, entry, run.result(entry, 0, parameter, copy, stage=run.first_stage, state=state))
+        run.progress.advance()

@@ -29,6 +29,8 @@ class Key(NamedTuple):
     value: str
     direction: pb.Direction
     source_stage: int
+    # Of a value of the optimizer's state for the parameter `value`; otherwise empty.
+    state: str = ""
 
     def __str__(self) -> str:
         stage = f"from stage {self.source_stage}"
@@ -39,6 +41,8 @@ class Key(NamedTuple):
                 return f"forward of micro-batch {self.micro_batch} (value {self.value!r}) {stage}"
             case pb.DIRECTION_BACKWARD:
                 return f"backward of micro-batch {self.micro_batch} (gradient of {self.value!r}) {stage}"
+            case pb.DIRECTION_STATE if self.state:
+                return f"the optimizer's {self.state!r} of {self.value!r} from the client"
             case pb.DIRECTION_STATE:
                 return f"tensor {self.value!r} from the client"
             case pb.DIRECTION_TIED:

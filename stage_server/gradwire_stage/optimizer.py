@@ -34,6 +34,8 @@ _STATE_FACTORS = {
 ALLOWED = frozenset(name for name in _STATE_FACTORS if hasattr(torch.optim, name))
 
 Setting = bool | int | float | str | None | tuple[Any, ...]
+# What an optimizer keeps for a parameter.
+StateValue = torch.Tensor | int | float | bool
 
 
 def state_factor(name: str) -> int:
@@ -97,7 +99,12 @@ class StageOptimizer:
                 remedy="use one of these; others need all parameters in one place, or a closure",
             )
         kind: Callable[..., torch.optim.Optimizer] = getattr(torch.optim, spec.name)
+        self._kind = kind
         self._name = spec.name
+        # What trains here, by name, and back.
+        trained = {name for group in spec.groups for name in group.parameters}
+        self._tensors = {name: tensor for name, tensor in tensors.items() if name in trained}
+        self._name_of = {tensor: name for name, tensor in self._tensors.items()}
         # Groups may set what torch itself puts into them; constructors take less (AdamW: decoupled_weight_decay).
         self._known = frozenset(kind([torch.nn.Parameter(torch.zeros(1, 1))]).defaults)
         self._groups = len(spec.groups)
@@ -115,18 +122,7 @@ class StageOptimizer:
                 groups[index] = {"params": members, **settings}
         self._optimizer: torch.optim.Optimizer | None = None
         if groups:
-            # Settings come with every group, but some constructors check their own defaults: give them the first's.
-            first = next(iter(groups.values()))
-            taken = inspect.signature(kind).parameters.keys() - {"params"}
-            defaults = {name: value for name, value in first.items() if name in taken}
-            try:
-                # The class varies, and so do its settings; torch itself checks them.
-                self._optimizer = kind(list(groups.values()), **defaults)
-            except (ValueError, TypeError, RuntimeError) as error:
-                raise OptimizerError(
-                    f"torch.optim.{spec.name} refuses its settings", got=f"{type(error).__name__}: {error}"
-                ) from error
-            self._group_of = dict(zip(groups, self._optimizer.param_groups, strict=True))
+            self._begin(groups)
 
     def set_hyperparameters(self, groups: Sequence[run_pb2.OptimizerGroup]) -> None:
         """Take the values of an entry: one group on the wire for each group of the optimizer, in the same order."""
@@ -144,7 +140,71 @@ class StageOptimizer:
         if self._optimizer is not None:
             self._optimizer.step()
 
+    def state_of(self, name: str) -> dict[str, StateValue]:
+        """Return the live state of a parameter, by torch's names; empty before its first update."""
+        if self._optimizer is None:
+            return {}
+        parameter = self._tensors.get(name)
+        state: Mapping[str, StateValue | None] = {} if parameter is None else self._optimizer.state.get(parameter, {})
+        return {key: value for key, value in state.items() if value is not None}
+
+    def restore(self, states: Mapping[str, Mapping[str, StateValue]]) -> None:
+        """Take on the state of each named parameter; the others begin as they did. Tensors become the optimizer's.
+
+        Settings stay. OptimizerError for what cannot be the state of a parameter here.
+        """
+        for name, state in states.items():
+            for key, value in state.items():
+                self._check_value(name, key, value)
+        if self._optimizer is None:
+            return
+        self._begin({index: dict(group) for index, group in self._group_of.items()})
+        for group in self._optimizer.param_groups:
+            # As torch has it: counters stay on the host, unless the update itself runs without it.
+            on_host = not (group.get("capturable") or group.get("fused"))
+            for parameter in group["params"]:
+                state = states.get(self._name_of[parameter], {})
+                if state:
+                    self._optimizer.state[parameter] = {
+                        key: value.to("cpu" if key == "step" and on_host else parameter.device)
+                        if isinstance(value, torch.Tensor)
+                        else value
+                        for key, value in state.items()
+                    }
+
     def close(self) -> None:
         """Let go of the parameters and of the optimizer's state."""
         self._optimizer = None
         self._group_of.clear()
+        self._tensors.clear()
+        self._name_of.clear()
+
+    def _begin(self, groups: Mapping[int, dict[str, Any]]) -> None:
+        """Make the optimizer, without state, over groups by their index on the wire."""
+        # Settings come with every group, but some constructors check their own defaults: give them the first's.
+        first = next(iter(groups.values()))
+        taken = inspect.signature(self._kind).parameters.keys() - {"params"}
+        defaults = {name: value for name, value in first.items() if name in taken}
+        try:
+            # The class varies, and so do its settings; torch itself checks them.
+            self._optimizer = self._kind(list(groups.values()), **defaults)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise OptimizerError(
+                f"torch.optim.{self._name} refuses its settings", got=f"{type(error).__name__}: {error}"
+            ) from error
+        self._group_of = dict(zip(groups, self._optimizer.param_groups, strict=True))
+
+    def _check_value(self, name: str, key: str, value: StateValue) -> None:
+        tensor = self._tensors.get(name)
+        if tensor is None:
+            raise OptimizerError(
+                f"State of {name!r} came, which the optimizer does not train here",
+                expected="parameters of the optimizer's groups",
+                got=f"{name!r}, {key!r}",
+            )
+        if isinstance(value, torch.Tensor) and value.numel() > max(1, tensor.numel()):
+            raise OptimizerError(
+                f"The optimizer's {key!r} does not fit {name!r}",
+                expected=f"{tensor.numel()} elements at most",
+                got=f"shape {list(value.shape)}",
+            )

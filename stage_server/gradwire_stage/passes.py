@@ -18,6 +18,7 @@ from gradwire_stage import timeline as phases
 from gradwire_stage.mailbox import Key
 from gradwire_stage.outbox import Result
 from gradwire_stage.peers import Incoming, Value
+from gradwire_stage.recomputation import Inputs
 from gradwire_stage.routes import Input
 from gradwire_stage.run_state import RunState
 from gradwire_stage.segment import SegmentPass
@@ -68,7 +69,8 @@ def put_result(run: RunState, timeline: Timeline[Any], entry: int, result: Resul
 class _Open:
     """A micro-batch between its forward and its backward."""
 
-    segment_pass: SegmentPass
+    # Itself, or what to run it again from.
+    segment_pass: SegmentPass | Inputs
     # Incoming values whose gradient their sender wants.
     wanted: list[Input]
     # Outgoing values whose gradient is wanted here, and the stage that it comes from.
@@ -101,8 +103,8 @@ class Passes:
         # Of the last stage: (micro-batch, loss, weight).
         self._losses: list[tuple[int, torch.Tensor, Value]] = []
 
-    def forward(self, stage: int, micro_batch: int) -> None:
-        """Run a stage's segment on a micro-batch."""
+    def forward(self, stage: int, micro_batch: int, *, keep: bool = True) -> None:
+        """Run a stage's segment on a micro-batch. Without `keep` its backward will run it again."""
         segment = self._run.segments.get((self._graph, stage))
         if segment is None:
             raise PlanError(f"Stage {stage} has no segment of the graph", got=graph_pb2.GraphKind.Name(self._graph))
@@ -116,7 +118,7 @@ class Passes:
             if isinstance(value, torch.Tensor) and value.requires_grad:
                 wanted.append(source)
         timeline.switch(phases.FORWARD)
-        made = segment.forward(values, step=self._step, micro_batch=micro_batch, record=self._record)
+        made = segment.forward(values, step=self._step, micro_batch=micro_batch, record=self._record, keep=keep)
         timeline.switch(phases.ENCODE)
         expected: dict[str, int] = {}
         for output in routes.outputs:
@@ -132,12 +134,20 @@ class Passes:
         if made.loss is not None:
             self._losses.append((micro_batch, made.loss.detach(), self._weight(micro_batch, made)))
         if self._record:
-            self._open[stage, micro_batch] = _Open(made, wanted, expected)
+            self._open[stage, micro_batch] = _Open(made if made.inputs is None else made.inputs, wanted, expected)
 
     def backward(self, stage: int, micro_batch: int) -> None:
-        """Run the backward of a stage's segment: gradients of its parameters add up, those of its inputs go out."""
+        """Run the backward of a stage's segment: gradients of its parameters add up, those of its inputs go out.
+
+        A forward that was not kept is run again first, and its time counts as forward: it needs no gradient, which may
+        still be on its way.
+        """
         run, timeline = self._run, self._timeline
         state = self._open.pop((stage, micro_batch))
+        segment_pass = state.segment_pass
+        if isinstance(segment_pass, Inputs):
+            timeline.switch(phases.FORWARD)
+            segment_pass = run.segments[self._graph, stage].again(segment_pass)
         gradients = {
             value: take_tensor(run, timeline, Key(self._entry, micro_batch, value, pb.DIRECTION_BACKWARD, source))
             for value, source in state.expected.items()
@@ -152,7 +162,7 @@ class Passes:
             if source.gradient_from is not None
         }
         timeline.switch(phases.BACKWARD)
-        made = state.segment_pass.backward(gradients, relayed, self._loss_gradient(stage, micro_batch))
+        made = segment_pass.backward(gradients, relayed, self._loss_gradient(stage, micro_batch))
         timeline.switch(phases.ENCODE)
         for source in state.wanted:
             key = Key(self._entry, micro_batch, source.value, pb.DIRECTION_BACKWARD, stage)

@@ -43,6 +43,7 @@ def make_header(run: str, generation: int, key: Key, value: Value | None) -> pb.
             value=key.value,
             direction=key.direction,
             source_stage=key.source_stage,
+            state=key.state,
         )
     )
     if isinstance(value, torch.Tensor):

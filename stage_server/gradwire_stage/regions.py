@@ -32,25 +32,41 @@ class Region:
 
 
 class Scope:
-    """What the generated code of one pass needs beside tensors. A context manager: leaves its region on errors."""
+    """What the generated code of one pass needs beside tensors. A context manager: leaves its region on errors.
+
+    With `precision` the whole pass runs under one autocast context. Its cache keeps the cast of a parameter from one
+    use to the next, so that the gradients of all uses add up in that type, as they do in one process; the cache ends
+    with the pass, before the optimizer changes the parameter. Regions of the model itself nest in it.
+    """
 
     def __init__(
-        self, regions: Sequence[Region], device: torch.device, randomness: Randomness, step: int, micro_batch: int
+        self,
+        regions: Sequence[Region],
+        device: torch.device,
+        randomness: Randomness,
+        step: int,
+        micro_batch: int,
+        precision: torch.dtype | None,
     ) -> None:
         self._regions = regions
         self._device = device
         self._randomness = randomness
         self._step = step
         self._micro_batch = micro_batch
+        self._precision = precision
+        self._around = contextlib.ExitStack()
         self._entered = contextlib.ExitStack()
 
     def __enter__(self) -> Scope:
+        if self._precision is not None:
+            self._around.enter_context(torch.autocast(self._device.type, dtype=self._precision))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._entered.close()
+        self._around.close()
 
     def enter(self, number: int) -> None:
         """Enter region `number`, after leaving the one before."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ class RunState:
         open_channel: Callable[[str], Any],
         metrics: StageMetrics,
         fail: Callable[[GradwireError], None],
+        weights_root: Path | None = None,
     ) -> None:
         own = check_prepare(request, server)
         self.state_bytes = check_memory(request, memory_bytes, state_factor(request.optimizer.name))
@@ -69,7 +71,9 @@ class RunState:
         self.replica = own.replica
         self.server = server
         self.device = device
+        self.weights_root = weights_root
         self.loss_form = request.loss_form
+        self.recompute = request.recompute
         pipeline = sorted(
             (peer for peer in request.peers if peer.replica == own.replica), key=lambda peer: peer.stages[0]
         )
@@ -91,7 +95,9 @@ class RunState:
         }
         self.holders = {name: self._holders(placement.holder_stages) for name, placement in self.placements.items()}
         self.segments = {
-            (segment.graph, segment.stage): BuiltSegment(segment, self.tensors, device.torch_device, request.seed)
+            (segment.graph, segment.stage): BuiltSegment(
+                segment, self.tensors, device.torch_device, request.seed, TORCH_TYPES.get(request.precision)
+            )
             for segment in request.segments
         }
         # Stages with a segment here, by graph: one without nodes has none, and no actions.
@@ -126,8 +132,10 @@ class RunState:
         """Take a whole message of this run and generation. FrameError if it cannot be meant for a server."""
         header = message.header
         source = header.key
-        key = Key(source.entry, source.micro_batch, source.value, source.direction, source.source_stage)
+        key = Key(source.entry, source.micro_batch, source.value, source.direction, source.source_stage, source.state)
         size = header.tensor.size_bytes
+        if key.state and key.direction != pb.DIRECTION_STATE:
+            raise FrameError("Only state has names of the optimizer's values", expected="no state", got=str(key))
         if key.direction in _FROM_CLIENT:
             peer = _CLIENT
         elif key.direction == pb.DIRECTION_RESULT or key.source_stage not in self.server_of_stage:
@@ -142,12 +150,14 @@ class RunState:
         self.metrics.received(peer, key.direction, size)
         self.progress.advance()
 
-    def result(self, entry: int, micro_batch: int, name: str, value: Value | None, *, stage: int) -> Result:
+    def result(
+        self, entry: int, micro_batch: int, name: str, value: Value | None, *, stage: int, state: str = ""
+    ) -> Result:
         """Return what carries a value to the client. Nobody may write to a tensor afterwards."""
         if isinstance(value, torch.Tensor):
             value = dense(value.detach())
         header = make_header(
-            self.run, self.generation, Key(entry, micro_batch, name, pb.DIRECTION_RESULT, stage), value
+            self.run, self.generation, Key(entry, micro_batch, name, pb.DIRECTION_RESULT, stage, state), value
         )
         return Result(header, self.device.payload(value) if isinstance(value, torch.Tensor) else None)
 

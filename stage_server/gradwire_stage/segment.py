@@ -5,8 +5,10 @@ Leaves to the executor where values come from and go to, and to the optimizer wh
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, MutableMapping
 from functools import partial
+from typing import Self
 
 import torch
 
@@ -16,6 +18,7 @@ from gradwire_stage.buffers import BufferVersions
 from gradwire_stage.failures import located
 from gradwire_stage.randomness import Randomness
 from gradwire_stage.rebuild import Rebuilt, value_names
+from gradwire_stage.recomputation import Inputs, drop_saved_tensors
 from gradwire_stage.regions import Scope
 
 Value = torch.Tensor | int | float | bool
@@ -25,11 +28,17 @@ class BuiltSegment:
     """A segment, rebuilt for a device. Use from one thread only: random operators share the process's generator."""
 
     def __init__(
-        self, segment: pb.Segment, tensors: MutableMapping[str, torch.Tensor], device: torch.device, seed: int
+        self,
+        segment: pb.Segment,
+        tensors: MutableMapping[str, torch.Tensor],
+        device: torch.device,
+        seed: int,
+        precision: torch.dtype | None = None,
     ) -> None:
         """`tensors` is the server's store, by tensor name; a pass replaces the buffers that it changes in it.
 
-        ModelError for anything that is not allowed or does not fit together.
+        precision: run forwards under autocast to this type. ModelError for anything that is not allowed or does not
+        fit together.
         """
         self._segment = segment
         self._tensors = tensors
@@ -55,26 +64,46 @@ class BuiltSegment:
         self._rebuilt = Rebuilt(segment.nodes, uses, self._incoming, self._outputs, device)
         self._buffers = BufferVersions(tensors, (name for name in segment.mutated_tensors if name in uses))
         self._randomness = Randomness(seed, device)
+        self._precision = precision
 
-    def forward(self, values: Mapping[str, Value], *, step: int, micro_batch: int, record: bool) -> SegmentPass:
+    def forward(
+        self, values: Mapping[str, Value], *, step: int, micro_batch: int, record: bool, keep: bool = True
+    ) -> SegmentPass:
         """Run the nodes on a micro-batch.
 
         `values` holds the incoming values; a tensor among them that requires grad gets its gradient back from
-        `SegmentPass.backward`. Without `record` nothing is kept for a backward pass.
+        `SegmentPass.backward`. Without `record` nothing is kept for a backward pass. With it, but without `keep`,
+        only the inputs are kept: `again` makes the pass that has a backward.
         """
         missing = [value for value in self._incoming if value not in values]
         if missing:
             raise InternalError(f"A segment was run without its incoming values {', '.join(missing)}")
+        inputs = Inputs(dict(values), tuple(self._tensors[name] for name in self._names), step, micro_batch)
+        with contextlib.nullcontext() if keep else drop_saved_tensors():
+            made, changed = self._run(inputs, record)
+        self._buffers.commit(changed)
+        return made if keep else made.without_backward(inputs)
+
+    def again(self, inputs: Inputs) -> SegmentPass:
+        """Run a pass again, exactly as it ran, for its backward. Buffers change only once for a pass: not here."""
+        made, _ = self._run(inputs, record=True)
+        return made
+
+    def _run(self, inputs: Inputs, record: bool) -> tuple[SegmentPass, dict[str, torch.Tensor]]:
+        """Run the nodes; return the pass, and the new versions of the buffers that it changed."""
         gradients: dict[str, torch.Tensor] = {}
         entering: dict[str, Value] = {}
-        written = self._buffers.begin()
+        tensors = dict(zip(self._names, inputs.tensors, strict=True))
+        written = self._buffers.copies(tensors)
         with (
             torch.set_grad_enabled(record),
-            Scope(self._rebuilt.regions, self._device, self._randomness, step, micro_batch) as scope,
+            Scope(
+                self._rebuilt.regions, self._device, self._randomness, inputs.step, inputs.micro_batch, self._precision
+            ) as scope,
         ):
             for name in self._incoming:
-                entering[name] = self._enter(name, values[name], record, gradients)
-            own = [written.get(name, self._tensors[name]) for name in self._names]
+                entering[name] = self._enter(name, inputs.values[name], record, gradients)
+            own = [written.get(name, tensor) for name, tensor in tensors.items()]
             try:
                 made = self._rebuilt.call(scope, *own, *entering.values())
             except Exception as error:
@@ -85,8 +114,9 @@ class BuiltSegment:
                 for name, value in entering.items()
                 if name in self._relayed and isinstance(value, torch.Tensor) and value.requires_grad
             }
-        self._buffers.commit(written, {tensor: outputs[value] for value, tensor in self._updates.items()})
-        return SegmentPass(self._segment, entering, outputs, relays, gradients)
+        # What was assigned counts after what was written in place.
+        changed = written | {tensor: outputs[value] for value, tensor in self._updates.items()}
+        return SegmentPass(self._segment, entering, outputs, relays, gradients), changed
 
     def _enter(self, name: str, value: Value, record: bool, gradients: dict[str, torch.Tensor]) -> Value:
         """Hand a value to the code: cloned if written to; never as a leaf, whose gradient would take its layout.
@@ -122,6 +152,16 @@ class SegmentPass:
         self._wanting = [name for name, value in entering.items() if _requires_grad(value)]
         self._relays = dict(relays)
         self._gradients = gradients
+        # Of a pass without backward: what to run it again from.
+        self.inputs: Inputs | None = None
+
+    def without_backward(self, inputs: Inputs) -> Self:
+        """Let go of what autograd recorded; outgoing values still say whether they need a gradient."""
+        self.inputs = inputs
+        self.outgoing = {name: _severed(value) for name, value in self.outgoing.items()}
+        self.loss = None if self.loss is None else self.loss.detach()
+        self._relays = {}
+        return self
 
     def backward(
         self,
@@ -134,6 +174,8 @@ class SegmentPass:
         `gradients` belongs to outgoing values, `relayed` to incoming ones: the gradient of the consumer after this
         one. None means that the loss does not depend on a value. Frees the pass.
         """
+        if self.inputs is not None:
+            raise InternalError("The backward pass of a segment began before its forward pass was run again")
         roots: list[tuple[torch.Tensor, torch.Tensor]] = []
         for name, value in self.outgoing.items():
             gradient = gradients.get(name)
@@ -166,6 +208,10 @@ def _tensor(value: Value) -> torch.Tensor:
 
 def _requires_grad(value: Value) -> bool:
     return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _severed(value: Value) -> Value:
+    return value.detach().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
 
 
 def _detached(value: Value) -> Value:

@@ -45,6 +45,7 @@ def run_server(settings: StageSettings) -> None:
         ),
         StageMetrics(service.registry, version=distribution),
         dial,
+        weights_root=settings.weights_root,
     )
     stage_service.add_to(service.server)
     service.start()

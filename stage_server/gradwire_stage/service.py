@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -61,7 +62,10 @@ class _Held:
 
 
 class StageService(stage_pb2_grpc.StageServiceServicer):
-    """The servicer. `server` is this server's identifier; `open_channel` dials a peer's address."""
+    """The servicer. `server` is this server's identifier; `open_channel` dials a peer's address.
+
+    weights_root: the directory that runs may have this server read weights from; None: none.
+    """
 
     def __init__(
         self,
@@ -70,12 +74,15 @@ class StageService(stage_pb2_grpc.StageServiceServicer):
         limits: Limits,
         metrics: StageMetrics,
         open_channel: Callable[[str], Any],
+        *,
+        weights_root: Path | None = None,
     ) -> None:
         self._server = server
         self._device = device
         self._limits = limits
         self._metrics = metrics
         self._open_channel = open_channel
+        self._weights_root = weights_root
         self._lock = threading.Lock()  # guards _held
         self._preparing = threading.Lock()  # one Prepare at a time
         self._held: _Held | None = None
@@ -193,6 +200,7 @@ class StageService(stage_pb2_grpc.StageServiceServicer):
             open_channel=self._open_channel,
             metrics=self._metrics,
             fail=fail,
+            weights_root=self._weights_root,
         )
 
     def _make_room(self, run: str, generation: int) -> None:

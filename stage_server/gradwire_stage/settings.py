@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import DirectoryPath, Field, field_validator
 from pydantic_settings import SettingsConfigDict
 
 from gradwire_protocol.channels import TlsFiles, parse_address
@@ -37,6 +37,8 @@ class StageSettings(Settings):
     outbox_bytes: int = Field(default=0, ge=0)
     # The largest single tensor that is taken.
     tensor_bytes: int = Field(default=8 * 2**30, ge=1)
+    # Where runs may have this server read weights from safetensors files.
+    weights_root: DirectoryPath | None = None
     tls_authority: Path | None = None
     tls_certificate: Path | None = None
     tls_key: Path | None = None

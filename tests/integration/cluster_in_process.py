@@ -24,11 +24,16 @@ from gradwire_stage.service import Limits, StageService
 
 
 @contextmanager
-def cluster_in_process(directory: Path, stage_servers: int) -> Iterator[Cluster]:
+def cluster_in_process(
+    directory: Path, stage_servers: int, services: list[StageService] | None = None
+) -> Iterator[Cluster]:
+    """`services` receives the stage servers' own objects, for tests that look at what they hold."""
     with ExitStack() as stack:
         address = _start_coordinator(stack, directory)
         for index in range(stage_servers):
-            _start_stage_server(stack, f"stage-{index}", address)
+            started = _start_stage_server(stack, f"stage-{index}", address)
+            if services is not None:
+                services.append(started)
         cluster = stack.enter_context(connect(address))
         while len(cluster.status().servers) < stage_servers:
             pass
@@ -51,7 +56,7 @@ def _start_coordinator(stack: ExitStack, directory: Path) -> str:
     return service.address
 
 
-def _start_stage_server(stack: ExitStack, name: str, coordinator: str) -> None:
+def _start_stage_server(stack: ExitStack, name: str, coordinator: str) -> StageService:
     service = Service(name, ServiceSettings(metrics_listen=""))
     device = open_device("cpu", 1)
     limits = Limits(memory_bytes=2**32, mailbox_bytes=2**30, outbox_bytes=2**30, tensor_bytes=2**30)
@@ -73,3 +78,4 @@ def _start_stage_server(stack: ExitStack, name: str, coordinator: str) -> None:
     stack.callback(service.stop)
     stack.callback(stage_service.release_all, "the test is over")
     stack.callback(membership.stop)
+    return stage_service

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import queue
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import grpc
@@ -297,10 +297,25 @@ class Cluster:
         self.entry += 1
         return run_pb2.Entry(number=self.entry, generation=1, **kind)
 
-    def send(self, server: str, entry: int, micro_batch: int, value: str, tensor: torch.Tensor, direction: int) -> None:
+    def send(
+        self,
+        server: str,
+        entry: int,
+        micro_batch: int,
+        value: str,
+        tensor: torch.Tensor,
+        direction: int,
+        state: str = "",
+    ) -> None:
         header = pb.TensorHeader(
             key=pb.MessageKey(
-                run="r", generation=1, entry=entry, micro_batch=micro_batch, value=value, direction=direction
+                run="r",
+                generation=1,
+                entry=entry,
+                micro_batch=micro_batch,
+                value=value,
+                direction=direction,
+                state=state,
             ),
             tensor=tensor_info(tensor),
         )
@@ -341,8 +356,20 @@ class Cluster:
             self.streams[name].submit(entry, " ".join(f"{stage}F{part}" for stage in stages for part in range(parts)))
         return entry.number
 
-    def submit_fetch(self) -> int:
-        entry = self.next_entry(fetch_state=run_pb2.FetchState())
+    def load(self, saved: Mapping[tuple[str, str], torch.Tensor], *, weight_version: int) -> None:
+        """Submit a LoadState of what was collected, by (tensor, state); what was not is as it was at first."""
+        items = [run_pb2.OptimizerStateName(parameter=name, state=state) for name, state in saved if state]
+        load = run_pb2.LoadState(optimizer_state=items, weight_version=weight_version)
+        entry = self.next_entry(load_state=load)
+        values = {(name, ""): value for name, value in made_state().items()} | dict(saved)
+        for server, stages in self.layout.items():
+            for (name, state), value in values.items():
+                if set(_HOLDERS[name]) & set(stages):
+                    self.send(server, entry.number, 0, name, value, pb.DIRECTION_STATE, state)
+            self.streams[server].submit(entry)
+
+    def submit_fetch(self, *, optimizer_state: bool = False) -> int:
+        entry = self.next_entry(fetch_state=run_pb2.FetchState(optimizer_state=optimizer_state))
         for stream in self.streams.values():
             stream.submit(entry)
         return entry.number

@@ -140,6 +140,17 @@ def test_train_tells_machines_everything_and_leaves_a_run_directory(commands: Co
     assert "not empty" in err
 
 
+def test_train_under_autocast_with_recomputation(commands: Commands, data: Path) -> None:
+    flags = ["--precision", "bf16", "--recompute", "--stages", "2", "--json", "--data", str(data)]
+    code, out, err = commands.run("train", *FLAGS, *flags)
+    assert code == 0, err
+    summary = json.loads(out.splitlines()[-1])
+    assert summary["verdict"] == "equal"
+    assert [check["data_type"] for check in summary["checks"]] == ["float32 under bfloat16 autocast", "float64"]
+    assert summary["checks"][0]["gradient_difference"] < 1e-3
+    assert not commands.processes()
+
+
 def wait_for_line(process: subprocess.Popen[str], pattern: str) -> re.Match[str]:
     assert process.stdout is not None
     for line in process.stdout:

@@ -13,6 +13,7 @@ from coordinator_cluster import Cluster, Driver, StageServer, cluster, run_reque
 
 from gradwire_protocol.errors import (
     Aborted,
+    CheckpointError,
     FrameError,
     GradwireError,
     LimitExceeded,
@@ -27,7 +28,7 @@ from gradwire_protocol.errors import (
     Unreachable,
     from_rpc_error,
 )
-from gradwire_protocol.v1 import coordinator_pb2, graph_pb2, run_pb2, stage_pb2
+from gradwire_protocol.v1 import coordinator_pb2, graph_pb2, run_pb2, stage_pb2, tensors_pb2
 
 
 def refused(call: Any, *arguments: Any) -> GradwireError:
@@ -157,6 +158,12 @@ def test_a_client_that_closes_gets_its_open_results_first(tmp_path: Path) -> Non
         assert free(made)
 
 
+def state_of(*names: tuple[str, str]) -> dict[str, Any]:
+    """A LoadState entry that names values of the optimizer's state."""
+    items = [run_pb2.OptimizerStateName(parameter=parameter, state=state) for parameter, state in names]
+    return {"load_state": run_pb2.LoadState(optimizer_state=items)}
+
+
 @pytest.mark.parametrize(
     ("bad", "kind", "part"),
     [
@@ -170,6 +177,14 @@ def test_a_client_that_closes_gets_its_open_results_first(tmp_path: Path) -> Non
         ({"evaluate": run_pb2.Evaluate(micro_batches=[run_pb2.MicroBatch(rows=1, replica=1)])}, FrameError, "replica"),
         ({"train_step": run_pb2.TrainStep(step=1, micro_batches=split((1,)))}, OptimizerError, "1 parameter groups"),
         ({"train_step": run_pb2.TrainStep(step=0, micro_batches=split((1,)))}, FrameError, "step 1"),
+        ({"train_step": run_pb2.TrainStep(step=2, micro_batches=split((1,)))}, FrameError, "step 1"),
+        (state_of(("strange", "exp_avg")), OptimizerError, "strange"),
+        (state_of(("W0", "")), FrameError, "1 to 64 bytes"),
+        (state_of(("W0", "s" * 65)), FrameError, "65"),
+        (state_of(("W0", "step"), ("W0", "step")), FrameError, "twice"),
+        (state_of(*(("W0", f"s{index}") for index in range(100))), LimitExceeded, "16 for each"),
+        ({"load_state": run_pb2.LoadState(weight_version=2**60)}, FrameError, "number of steps"),
+        ({"save_state": run_pb2.SaveState(directory="a")}, CheckpointError, "trainer.save"),
     ],
 )
 def test_entries_that_are_not_valid_end_the_run(tmp_path: Path, bad: dict[str, Any], kind: type, part: str) -> None:
@@ -183,10 +198,12 @@ def test_entries_that_are_not_valid_end_the_run(tmp_path: Path, bad: dict[str, A
         assert free(made)
 
 
-def test_steps_are_numbered_without_gaps_but_may_begin_later(tmp_path: Path) -> None:
+def test_steps_are_numbered_without_gaps_from_where_the_loaded_state_is(tmp_path: Path) -> None:
     with cluster(tmp_path, stages=1) as made:
         driver = driven(made, 1)
-        driver.step = 100  # as when a run goes on from a checkpoint
+        driver.send(load_state=run_pb2.LoadState(weight_version=100))
+        driver.result()
+        driver.step = 100
         driver.send_step()
         driver.result()
         driver.step = 110
@@ -224,6 +241,8 @@ def test_more_stages_than_the_model_can_be_cut_into(tmp_path: Path) -> None:
         ({"micro_batches": 0}, PlanError),
         ({"window": 99}, PlanError),
         ({"expected_rows": 0}, PlanError),
+        ({"precision": tensors_pb2.DATA_TYPE_FLOAT16}, PlanError),
+        ({"precision": tensors_pb2.DATA_TYPE_INT8}, PlanError),
         ({"schedule": "zigzag"}, PlanError),
         ({"cuts": [9]}, PlanError),
     ],
@@ -482,7 +501,7 @@ def test_a_run_that_nobody_drives_ends(tmp_path: Path) -> None:
         create(made, 1)
         wait_until(lambda: run_state(made) == coordinator_pb2.RUN_STATE_ENDED)
         assert "no client drove it" in made.status().runs[0].reason
-        assert free(made)
+        wait_until(lambda: free(made))
 
 
 def test_unknown_runs_and_second_drivers_are_refused(tmp_path: Path) -> None:

@@ -253,7 +253,7 @@ class NotAllowed(nn.Module):
         ({"plan": gradwire.Plan(stages=3)}, gradwire.PlanError, "3"),
         ({"plan": gradwire.Plan(stages=500)}, gradwire.PlanError, "500"),
         ({"plan": gradwire.Plan(stages=2, cuts=["nowhere"])}, gradwire.PlanError, "nowhere"),
-        ({"precision": "bf16"}, gradwire.PlanError, "precision"),
+        ({"precision": "fp16"}, gradwire.PlanError, "loss is scaled"),
         ({"max_grad_norm": 0.0}, gradwire.SettingsError, "max_grad_norm"),
         ({"seed": -1}, gradwire.SettingsError, "seed"),
         ({"plan": "two stages"}, gradwire.PlanError, "not a plan"),

@@ -12,6 +12,7 @@ from stage_cluster import MEAN, SUM, Cluster, Reference, Stream, wait_until
 from gradwire_protocol.delivery import FrameSender
 from gradwire_protocol.errors import (
     Aborted,
+    CheckpointError,
     FrameError,
     GradwireError,
     LimitExceeded,
@@ -36,6 +37,11 @@ LAYOUTS = {
     "three servers": {"A": [0], "B": [1], "C": [2]},
     "virtual stages": {"A": [0, 2], "B": [1]},
 }
+
+
+def state_names(*names: tuple[str, str]) -> run_pb2.LoadState:
+    items = [run_pb2.OptimizerStateName(parameter=parameter, state=state) for parameter, state in names]
+    return run_pb2.LoadState(optimizer_state=items)
 
 
 def batch(rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -290,6 +296,7 @@ REFUSED = {
     "no stages": (lambda r: setattr(r, "stages", 0), FrameError),
     "missing stage": (lambda r: setattr(r, "stages", 4), FrameError),
     "no loss form": (lambda r: setattr(r, "loss_form", 0), FrameError),
+    "a precision that needs a scaled loss": (lambda r: setattr(r, "precision", pb.DATA_TYPE_FLOAT16), FrameError),
     "bad address": (lambda r: setattr(r.peers[0], "address", "nowhere"), SettingsError),
     "tensor twice": (lambda r: r.tensors.append(r.tensors[0]), FrameError),
     "bad shape": (lambda r: r.tensors[0].spec.shape.append(-1), FrameError),
@@ -386,6 +393,53 @@ def test_wrong_state_is_refused() -> None:
         assert isinstance(error, FrameError)
         assert "'w'" in str(error)
         assert "[4, 5]" in str(error)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_state_goes_on_on_another_layout(layout) -> None:
+    def step(cluster: Cluster, seed: int) -> None:
+        cluster.submit_step(*batch(4, seed), 2)
+        cluster.reports()
+
+    with Cluster(LAYOUTS["two servers"]) as first:
+        first.open()
+        step(first, 1)
+        step(first, 2)
+        entry = first.submit_fetch(optimizer_state=True)
+        # What is collected is what was there, however much is trained meanwhile.
+        first.reports()
+        step(first, 3)
+        saved = {(key.value, key.state): value.clone() for key, value in first.collect(entry) if value is not None}
+        expected = first.state()
+    assert {state for _, state in saved} == {"", "step", "exp_avg", "exp_avg_sq"}
+    assert saved["w", "step"] == 2
+    with Cluster(layout) as second:
+        second.open()
+        step(second, 5)
+        second.load(saved, weight_version=2)
+        assert {report.weight_version for report in second.reports().values()} == {2}
+        step(second, 3)
+        state = second.state()
+    for name, value in expected.items():
+        torch.testing.assert_close(state[name], value, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "part"),
+    [
+        ({"save_state": run_pb2.SaveState(directory="a")}, CheckpointError, "trainer.save"),
+        ({"load_state": state_names(("w", ""))}, FrameError, "wrong name"),
+        ({"load_state": state_names(("w", "s" * 65))}, FrameError, "wrong name"),
+        ({"load_state": state_names(("w", "step"), ("w", "step"))}, FrameError, "twice"),
+    ],
+)
+def test_entries_of_checkpoints_are_checked(kind, error, part) -> None:
+    with Cluster(LAYOUTS["one server"]) as cluster:
+        cluster.open()
+        cluster.streams["A"].submit(cluster.next_entry(**kind))
+        failure = cluster.streams["A"].failure()
+        assert isinstance(failure, error)
+        assert part in str(failure)
 
 
 def test_a_lost_peer_ends_the_run_of_the_others() -> None:

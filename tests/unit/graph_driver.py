@@ -34,8 +34,17 @@ class Outcome:
 class Chain:
     """Stages that hold their own copies of tensors, and send each other dense copies of values."""
 
-    def __init__(self, exported: ExportedModel, cuts: Sequence[int], seed: int = 0) -> None:
+    def __init__(
+        self,
+        exported: ExportedModel,
+        cuts: Sequence[int],
+        seed: int = 0,
+        precision: torch.dtype | None = None,
+        recompute: bool = False,
+    ) -> None:
         self.exported = exported
+        self._precision = precision
+        self._recompute = recompute
         made = make_segments(check_model(exported.proto), cuts, rows=2, rates=Rates(1e9, 1e9))
         self.segments: dict[graph_pb2.GraphKind, list[stage_pb2.Segment]] = {}
         self._built: dict[tuple[int, graph_pb2.GraphKind], BuiltSegment] = {}
@@ -49,9 +58,9 @@ class Chain:
                 self.segments.setdefault(segment.graph, []).append(segment)
 
     def train(self, batch: Any, micro_batches: int = 1, step: int = 1) -> Outcome:
-        """Forward and backward of all micro-batches; gradients divided once by the total weight."""
+        """All forwards, then all backwards; gradients divided once by the total weight."""
         kind = graph_pb2.GRAPH_KIND_TRAIN
-        passes, requires, losses, weights = [], [], [], []
+        passes, requires, losses, weights, seeds = [], [], [], [], []
         for number, (rows, values) in enumerate(self._micro_batches(batch, kind, micro_batches)):
             made, wanting = self._forward(values, kind, step, number, record=True)
             passes.append(made)
@@ -62,14 +71,17 @@ class Chain:
             summed = self.exported.proto.loss_form == graph_pb2.LOSS_FORM_SUM_AND_WEIGHT
             weights.append(float(last.loss_weight) if summed else float(rows))  # type: ignore[arg-type]
             losses[-1] *= 1.0 if summed else rows
-            self._backward(passes[-1], requires[-1], 1.0 if summed else float(rows))
+            seeds.append(1.0 if summed else float(rows))
+        for made, wanting, seed in zip(passes, requires, seeds, strict=True):
+            self._backward(made, wanting, seed)
         return Outcome(sum(losses) / sum(weights), self._gradients(sum(weights)), self._buffers())
 
     def built(self, segment: stage_pb2.Segment) -> BuiltSegment:
         """The segment rebuilt, once."""
         key = (segment.stage, segment.graph)
         if key not in self._built:
-            self._built[key] = BuiltSegment(segment, self.stores[segment.stage], CPU, self._seed)
+            store = self.stores[segment.stage]
+            self._built[key] = BuiltSegment(segment, store, CPU, self._seed, self._precision)
         return self._built[key]
 
     def evaluate(self, batch: Any) -> float:
@@ -108,7 +120,10 @@ class Chain:
         made = []
         for segment in self.segments[kind]:
             values = {item.value: _received(sent[item.value]) for item in segment.incoming}
-            made.append(self.built(segment).forward(values, step=step, micro_batch=micro_batch, record=record))
+            keep = not (record and self._recompute)
+            made.append(
+                self.built(segment).forward(values, step=step, micro_batch=micro_batch, record=record, keep=keep)
+            )
             sent.update(made[-1].outgoing)
         return made, {name: isinstance(value, torch.Tensor) and value.requires_grad for name, value in sent.items()}
 
@@ -127,6 +142,8 @@ class Chain:
                 for item in segment.incoming
                 if item.HasField("gradient_from_stage") and requires[item.value]
             }
+            if made.inputs is not None:
+                made = self.built(segment).again(made.inputs)
             back = made.backward(from_first, relayed, loss_gradient)
             for item in segment.incoming:
                 if requires[item.value]:
@@ -150,7 +167,12 @@ class Chain:
 
 
 def eager(
-    model: nn.Module, loss: Any, batch: Any, micro_batches: int = 1, weights: Sequence[float] | None = None
+    model: nn.Module,
+    loss: Any,
+    batch: Any,
+    micro_batches: int = 1,
+    weights: Sequence[float] | None = None,
+    precision: torch.dtype | None = None,
 ) -> Outcome:
     """The reference: one process over the same micro-batches, weighted by rows or as given."""
     model = copy.deepcopy(model).train()
@@ -163,7 +185,9 @@ def eager(
         picked = [leaf[part] if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         picked = [leaf.tensor if isinstance(leaf, Unbatched) else leaf for leaf in picked]
         *inputs, target = pytree.tree_unflatten(picked, structure)
-        value = loss(model(*inputs), target) * weight
+        with torch.autocast("cpu", precision, enabled=precision is not None):
+            value = loss(model(*inputs), target)
+        value = value * weight
         value.backward()
         total += float(value.detach())
     scale = sum(used)

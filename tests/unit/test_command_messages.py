@@ -22,6 +22,7 @@ BEGINNING = Beginning(
     parameters=1234,
     steps=10,
     steps_per_epoch=20,
+    steps_done=0,
     plan=coordinator_pb2.PlanSummary(
         schedule="1f1b",
         micro_batches=8,

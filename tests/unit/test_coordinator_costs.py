@@ -39,6 +39,12 @@ def test_only_what_has_a_gradient_runs_backward() -> None:
     assert node_seconds(nodes, 1, [RATES])[0] == pytest.approx([3, 1, 1], rel=1e-3)
 
 
+def test_a_device_that_recomputes_runs_every_forward_twice() -> None:
+    nodes = graph("train", "input x\na = f(x)\nb = f(a)\noutput b", flops=10**6).nodes
+    nodes[1].no_grad = True
+    assert node_seconds(nodes, 1, [RATES, RATES], [True, False]) == pytest.approx(np.array([[4, 2], [3, 1]]), rel=1e-3)
+
+
 def test_values_that_travel() -> None:
     train = graph("train", "input x\na = f(x)\nb = f(a, x)\nc = f(a)\nd = f(c)\nloss = f(a)\noutput b\noutput loss")
     train.nodes[2].output.kind = graph_pb2.VALUE_KIND_INTEGER

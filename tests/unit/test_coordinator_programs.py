@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gradwire_coordinator.programs import ProgramBook, choose_schedule
+from gradwire_coordinator.programs import ProgramBook, choose_schedule, recomputing_stages, training_programs
 from gradwire_protocol.errors import FrameError, ModelError, PlanError
 from gradwire_protocol.program import format_program, program_from_proto
 from gradwire_protocol.v1 import graph_pb2, run_pb2
@@ -29,6 +29,21 @@ def texts(programs: list[run_pb2.Program]) -> list[str]:
 
 def parts(count: int) -> list[run_pb2.MicroBatch]:
     return [run_pb2.MicroBatch(index=index, rows=1, first_row=index) for index in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "micro_batches", "expected"),
+    [
+        ("gpipe", 4, [True, True, True]),
+        ("1f1b", 4, [True, True, False]),
+        ("gpipe", 1, [False, False, False]),
+        ("1f1b", 1, [False, False, False]),
+    ],
+)
+def test_stages_whose_backwards_follow_directly_do_not_recompute(
+    schedule: str, micro_batches: int, expected: list[bool]
+) -> None:
+    assert recomputing_stages(training_programs(schedule, 0, 3, micro_batches)) == expected
 
 
 def test_ties_are_reduced_by_their_holders_and_norms_by_all() -> None:

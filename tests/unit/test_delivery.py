@@ -22,9 +22,11 @@ class Receiver(stage_pb2_grpc.StageServiceServicer):
         self.gate = threading.Event()
         self.gate.set()
         self.limit = 2**30
+        self.started = threading.Event()
         self.ended = threading.Event()
 
     def Deliver(self, requests, context):
+        self.started.set()
         assembler = FrameAssembler(self.limit)
         try:
             for frame in requests:
@@ -149,6 +151,7 @@ def test_cancel_drops_what_is_queued(receiver):
     sender = FrameSender(receiver.channel, "peer")
     for _ in range(5):
         sender.send(*message(2**20))
+    assert receiver.started.wait(5)
     sender.cancel()
     with pytest.raises(Aborted):
         sender.flush(1)

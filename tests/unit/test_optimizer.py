@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -55,6 +57,51 @@ def test_each_class_steps_as_torch_does(name: str) -> None:
     for key in ours:
         assert torch.equal(ours[key], theirs[key])
         assert not torch.equal(ours[key], parameters("a", "b")[key])
+
+
+@pytest.mark.parametrize("name", sorted(ALLOWED))
+def test_each_class_goes_on_from_its_state(name: str) -> None:
+    kind = getattr(torch.optim, name)
+    # With what makes these two keep all that they can.
+    settings = kind(list(parameters("a").values())).defaults | ({"momentum": 0.9} if name in ("SGD", "RMSprop") else {})
+
+    def optimizer(tensors: dict[str, torch.nn.Parameter]) -> StageOptimizer:
+        return StageOptimizer(run_pb2.Optimizer(name=name, groups=[group(["a", "b"], **settings)]), tensors)
+
+    def step(stage: StageOptimizer, tensors: dict[str, torch.nn.Parameter], seed: int) -> None:
+        tensors["a"].grad = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        stage.step()
+
+    whole = parameters("a", "b")
+    first = optimizer(whole)
+    for seed in range(3):
+        step(first, whole, seed)
+    # "b" has never had a gradient.
+    saved = {key: {state: copy.deepcopy(value) for state, value in first.state_of(key).items()} for key in whole}
+    resumed = {key: torch.nn.Parameter(tensor.detach().clone()) for key, tensor in whole.items()}
+    second = optimizer(resumed)
+    step(second, parameters("a", "b"), 9)
+    second.restore({key: state for key, state in saved.items() if state})
+    for seed in range(3, 6):
+        step(first, whole, seed)
+        step(second, resumed, seed)
+    assert saved["a"]
+    assert torch.equal(whole["a"], resumed["a"])
+    # Nothing named: as at the start, also for a class that begins with a state.
+    fresh, fresh_tensors = optimizer(parameters("a", "b")), parameters("a", "b")
+    fresh.restore({})
+    again = optimizer(fresh_tensors)
+    assert fresh.state_of("a").keys() == again.state_of("a").keys()
+
+
+def test_state_that_does_not_fit_is_refused() -> None:
+    tensors = parameters("a")
+    optimizer = StageOptimizer(run_pb2.Optimizer(name="SGD", groups=[group(["a"], lr=1.0, momentum=0.5)]), tensors)
+    with pytest.raises(OptimizerError, match="'b' came"):
+        optimizer.restore({"b": {"momentum_buffer": torch.zeros(1)}})
+    with pytest.raises(OptimizerError, match="does not fit 'a'"):
+        optimizer.restore({"a": {"momentum_buffer": torch.zeros(7)}})
+    assert optimizer.state_of("a") == {}
 
 
 def test_groups_without_members_here_keep_their_index() -> None:

@@ -69,7 +69,6 @@ def test_a_wrong_value_is_named_with_what_was_expected(field: str, value: Any) -
         ("replicas", 2, "1"),
         ("tensor", 2, "1"),
         ("virtual_stages", 2, "1"),
-        ("recompute", True, "False"),
         ("schedule", "zb-h1", "'1f1b'"),
         ("schedule", "interleaved-1f1b", "'gpipe'"),
         ("exchange", "parameter-server", "'ring'"),

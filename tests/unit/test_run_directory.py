@@ -36,6 +36,25 @@ def test_what_is_written_can_be_read(tmp_path: Path) -> None:
     assert plan["extra_warm_up"] == 0
 
 
+def test_metrics_go_back_to_a_step(tmp_path: Path) -> None:
+    directory = RunDirectory.create(tmp_path / "run")
+    assert directory.rewind_metrics(3) == []
+    for step in range(1, 6):
+        directory.append_metrics({"step": step})
+    with directory.metrics.open("a") as file:
+        file.write('{"step": 6, "lo')  # killed
+    kept = [{"step": 1}, {"step": 2}, {"step": 3}]
+    assert directory.rewind_metrics(3) == kept
+    assert [json.loads(line) for line in directory.metrics.read_text().splitlines()] == kept
+
+
+def test_only_a_runs_directory_is_reopened(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="not the directory of a run"):
+        RunDirectory.reopen(tmp_path)
+    RunDirectory(tmp_path).write_settings({"layers": 2})
+    assert RunDirectory.reopen(tmp_path).settings.read_text() == "layers = 2\n"
+
+
 def test_a_directory_with_contents_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("")
     with pytest.raises(SettingsError, match="not empty"):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,7 @@ def test_too_little_text_is_refused_with_the_amounts(tmp_path: Path) -> None:
 def test_an_epoch_takes_every_window_once() -> None:
     text = torch.arange(250, dtype=torch.uint8)
     windows = Windows(text, context=10, batch=7, seed=1)
-    batches = list(windows)
+    batches = list(windows.epoch(0))
     assert len(batches) == len(windows)
     starts = [start for x, _ in batches for start in x[:, 0].tolist()]
     assert len(starts) == len({*starts}) == windows.windows
@@ -81,7 +82,7 @@ def test_batches_depend_on_seed_and_epoch_alone() -> None:
 
     def epochs(seed: int) -> list[list[int]]:
         windows = Windows(text, context=16, batch=4, seed=seed)
-        return [torch.cat([x for x, _ in windows]).flatten().tolist() for _ in range(2)]
+        return [torch.cat([x for x, _ in windows.epoch(number)]).flatten().tolist() for number in range(2)]
 
     torch.manual_seed(7)
     first = epochs(1)
@@ -91,9 +92,30 @@ def test_batches_depend_on_seed_and_epoch_alone() -> None:
     assert epochs(2)[0] != first[0]
 
 
+def test_batches_go_on_from_any_step() -> None:
+    text = torch.randint(256, (1000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    windows = Windows(text, context=16, batch=8, seed=3)
+    steps = 3 * len(windows) + 2
+    all_of_them = list(itertools.islice(windows.from_step(0), steps))
+    assert torch.equal(all_of_them[len(windows)][0], next(windows.epoch(1))[0])
+    for step in (1, len(windows) - 1, len(windows), 2 * len(windows) + 1):
+        rest = itertools.islice(windows.from_step(step), steps - step)
+        for (x, y), (expected_x, expected_y) in zip(rest, all_of_them[step:], strict=True):
+            assert torch.equal(x, expected_x)
+            assert torch.equal(y, expected_y)
+
+
+def test_a_position_tells_other_data_apart() -> None:
+    text = torch.arange(250, dtype=torch.uint8)
+    position = Windows(text, context=10, batch=7, seed=1).position(5)
+    assert position == Windows(text.clone(), context=10, batch=7, seed=1).position(5)
+    assert position != Windows(text.flip(0), context=10, batch=7, seed=1).position(5)
+    assert position != Windows(text, context=10, batch=7, seed=2).position(5)
+
+
 def test_the_smallest_text_gives_one_window() -> None:
     text = torch.arange(11, dtype=torch.uint8)
-    ((x, y),) = Windows(text, context=10, batch=4, seed=0)
+    ((x, y),) = Windows(text, context=10, batch=4, seed=0).epoch(0)
     assert x.tolist() == [list(range(10))]
     assert y.tolist() == [list(range(1, 11))]
 

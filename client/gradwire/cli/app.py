@@ -12,8 +12,10 @@ from gradwire.cli.sample import sample
 from gradwire.cli.status import status
 from gradwire.cli.train import train
 from gradwire.cli.up import up
+from gradwire.cli.verify import verify
 from gradwire_protocol.errors import (
     BatchError,
+    CheckpointError,
     DataError,
     GradwireError,
     ModelError,
@@ -22,7 +24,7 @@ from gradwire_protocol.errors import (
     SettingsError,
 )
 
-WRONG_INPUT = (BatchError, DataError, ModelError, OptimizerError, PlanError, SettingsError)
+WRONG_INPUT = (BatchError, CheckpointError, DataError, ModelError, OptimizerError, PlanError, SettingsError)
 
 app = typer.Typer(
     name="gradwire",
@@ -35,6 +37,7 @@ app.command()(train)
 app.command()(up)
 app.command()(status)
 app.command()(sample)
+app.command()(verify)
 
 
 def _show_version(wanted: bool) -> None:

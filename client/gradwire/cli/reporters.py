@@ -95,14 +95,10 @@ class BarReporter(LineReporter):
 
     def begin(self, beginning: Beginning) -> None:
         super().begin(beginning)
-        self._bar.start()
+        self._bar.start(beginning.steps_done)
 
     def step(self, record: StepRecord) -> None:
         self._bar.show(record.result, f"{record.tokens_per_second:,.0f} tokens/s")
-
-    def note(self, text: str) -> None:
-        self._bar.finish()
-        super().note(text)
 
     def end(self, summary: dict[str, Any]) -> None:
         self._bar.finish()

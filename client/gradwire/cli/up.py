@@ -20,9 +20,12 @@ def up(
     threads: Annotated[int, typer.Option(min=1, help="Compute threads of each")] = 1,
     listen: Annotated[str, typer.Option(help="HOST:PORT of the coordinator; port 0: any free one")] = "127.0.0.1:0",
     log_dir: Annotated[Path | None, typer.Option(help="Where the output of the processes goes")] = None,
+    weights_root: Annotated[Path | None, typer.Option(help="Directory that servers may read weights from")] = None,
 ) -> None:
     """Start a coordinator and stage servers on this machine, and keep them until Ctrl-C."""
-    with LocalProcesses(stage_servers=stages, threads=threads, listen=listen, log_dir=log_dir) as processes:
+    with LocalProcesses(
+        stage_servers=stages, threads=threads, listen=listen, log_dir=log_dir, weights_root=weights_root
+    ) as processes:
         with Cluster(processes.address) as cluster:
             processes.wait_registered(cluster)
         print(f"coordinator at {processes.address}, {stages} stage servers; logs in {processes.log_dir}")

@@ -77,7 +77,12 @@ def draft(
             remedy="use tensors only; scripted modules and custom objects cannot travel",
         )
     rows = next(values[name].shape[0] for name, leaf in zip(given, leaves, strict=True) if leaf.batched)
-    sizes = Sizes(rows, batch.rows)
+    dynamic = [
+        (values[name].shape[dimension], batch.example_sizes[dim])
+        for name, leaf in zip(given, leaves, strict=True)
+        for dimension, dim in leaf.dims
+    ]
+    sizes = Sizes(rows, batch.rows, dynamic)
     inputs: dict[str, tuple[Leaf, pb.ValueSpec]] = {}
     for name, leaf in zip(given, leaves, strict=True):
         placeholders[name] = leaf.value

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from gradwire.graph.dynamic import Dynamic, Measured, Size, check_dimension, check_sizes, read_dims
 from gradwire_protocol.errors import BatchError, ModelError
 from gradwire_protocol.v1 import graph_pb2 as pb
 
@@ -56,6 +57,11 @@ class Leaf:
     dtype: torch.dtype | None = None
     shape: tuple[int, ...] = ()  # without the rows where batched
     constant: Any = None
+    dims: tuple[tuple[int, str], ...] = ()  # dimensions that differ from batch to batch, and their names
+
+    def measured(self, tensor: torch.Tensor) -> list[Measured]:
+        """The sizes that a tensor has in the dynamic dimensions."""
+        return [Measured(self.label, dimension, name, tensor.shape[dimension]) for dimension, name in self.dims]
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,11 @@ class BatchLayout:
     leaves: tuple[Leaf, ...]
     has_target: bool
     rows: int
+    # The torch.export.Dim of each named dimension, and its size in the example.
+    dims: Mapping[str, Any] = field(default_factory=dict)
+    example_sizes: Mapping[str, int] = field(default_factory=dict)
+    # What each exported program takes, by name of the dimension.
+    sizes: tuple[Mapping[str, Size], ...] = ()
 
     @property
     def tensors(self) -> tuple[Leaf, ...]:
@@ -104,10 +115,12 @@ class BatchLayout:
             )
         rows: dict[str, int] = {}
         values: dict[str, torch.Tensor | int | float | bool] = {}
+        measured: list[Measured] = []
         for leaf, item in zip(leaves, given, strict=True):
             tensor = _checked(leaf, item.tensor if isinstance(item, Unbatched) else item)
             if tensor is not None:
                 values[leaf.value] = tensor.detach()
+                measured += leaf.measured(tensor)
                 if leaf.batched:
                     rows[leaf.label] = tensor.shape[0]
         if len(set(rows.values())) > 1 or 0 in rows.values():
@@ -116,12 +129,20 @@ class BatchLayout:
                 expected="the same number of rows in dimension 0 of each, at least 1",
                 got=", ".join(f"{label}: {count}" for label, count in rows.items()),
             )
+        for sizes in self.sizes:
+            check_sizes(sizes, measured)
         batched = {leaf.value for leaf in leaves if leaf.batched}
         return FlatBatch(rows=next(iter(rows.values())), values=values, batched=batched)
 
 
-def read_example(example: Any, has_loss: bool) -> tuple[BatchLayout, list[torch.Tensor]]:
+def read_example(
+    example: Any, has_loss: bool, dynamic: Dynamic | None = None
+) -> tuple[BatchLayout, list[torch.Tensor]]:
     """Take the layout of all batches from an example, and the example's tensors. ModelError if it is unusable."""
+    by_name = isinstance(example, Mapping)
+    elements = list(example) if by_name else _elements(example, has_loss)
+    named, dims = read_dims(dynamic, elements, by_name)
+    target_key = next((key for key in TARGET_KEYS if by_name and has_loss and key in example), "target")
     tree = _divided(example, has_loss, has_loss)
     paths, structure = pytree.tree_flatten_with_path(tree)
     _, input_structure = pytree.tree_flatten((tree[0], NO_TARGET))
@@ -138,7 +159,10 @@ def read_example(example: Any, has_loss: bool) -> tuple[BatchLayout, list[torch.
                 value += "_"
             names.add(value)
             shape = tuple(tensor.shape[1:] if batched else tensor.shape)
-            leaves.append(Leaf(label, value, is_target, batched, dtype=tensor.dtype, shape=shape))
+            own = tuple(named.get(target_key if is_target and label == "target" else label, {}).items())
+            for dimension, name in own:
+                check_dimension(label, tensor, dimension, name, batched)
+            leaves.append(Leaf(label, value, is_target, batched, dtype=tensor.dtype, shape=shape, dims=own))
             tensors.append(tensor.detach())
         elif isinstance(item, _CONSTANTS):
             leaves.append(Leaf(label, "", is_target, False, constant=item))
@@ -157,8 +181,24 @@ def read_example(example: Any, has_loss: bool) -> tuple[BatchLayout, list[torch.
             got=", ".join(f"{label}: {count} rows" for label, count in rows.items()) or "no tensor with a dimension",
             remedy="wrap tensors whose dimension 0 is not the batch in gradwire.unbatched(...)",
         )
-    layout = BatchLayout(structure, input_structure, tuple(leaves), has_loss, next(iter(rows.values())))
+    measured = [item for leaf, tensor in zip(_tensors(leaves), tensors, strict=True) for item in leaf.measured(tensor)]
+    sizes: dict[str, int] = {}
+    for item in measured:
+        if sizes.setdefault(item.name, item.size) != item.size:
+            raise ModelError(
+                f"In the example, dimensions named '{item.name}' have different sizes",
+                expected="the same size in all",
+                got=", ".join(str(other) for other in measured if other.name == item.name),
+                remedy="give them different names",
+            )
+    layout = BatchLayout(structure, input_structure, tuple(leaves), has_loss, next(iter(rows.values())), dims, sizes)
     return layout, tensors
+
+
+def _elements(example: Any, has_loss: bool) -> list[str]:
+    """The labels of the elements of an example in order."""
+    count = len(example) if isinstance(example, tuple | list) else 1
+    return [f"input {index}" for index in range(count - has_loss)] + ["target"] * has_loss
 
 
 def _tensors(leaves: Sequence[Leaf]) -> list[Leaf]:
@@ -226,18 +266,27 @@ def _checked(leaf: Leaf, item: Any) -> torch.Tensor | None:
             remedy=f"convert it: tensor.to({leaf.dtype})",
         )
     shape = tuple(item.shape)
-    if (shape[1:] if leaf.batched else shape) != leaf.shape or (leaf.batched and not shape):
+    expected = [-1] * leaf.batched + list(leaf.shape)
+    if len(shape) != len(expected) or any(
+        size != wanted
+        for dimension, (size, wanted) in enumerate(zip(shape, expected, strict=True))
+        if dimension not in dict(leaf.dims) and not (leaf.batched and dimension == 0)
+    ):
         raise BatchError(
             f"{leaf.label} has another shape than the example",
             expected=_shape_text(leaf),
             got=str(shape),
-            remedy="only the rows in dimension 0 may differ from batch to batch; pad, or make a trainer for this shape",
+            remedy="only the rows in dimension 0, and dimensions that `dynamic` names, may differ from batch to batch; "
+            "pad, or name the dimension",
         )
     return item
 
 
 def _shape_text(leaf: Leaf) -> str:
-    return f"({', '.join(['rows'] * leaf.batched + [str(size) for size in leaf.shape])})"
+    sizes = ["rows"] * leaf.batched + [str(size) for size in leaf.shape]
+    for dimension, name in leaf.dims:
+        sizes[dimension] = name
+    return f"({', '.join(sizes)})"
 
 
 def _described(leaves: Sequence[Leaf]) -> str:

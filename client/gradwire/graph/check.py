@@ -6,14 +6,17 @@ The catch-all for whatever export may have dropped or built in.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 from torch.export.graph_signature import InputKind
 
-from gradwire.graph.batch import BatchLayout
+from gradwire.graph.batch import BatchLayout, Leaf
 from gradwire.graph.capture import Captured, set_mode
 from gradwire.graph.copying import Loss, copy_model, is_on_meta
+from gradwire.graph.dynamic import smallest, with_size
+from gradwire.graph.precision import autocast
 from gradwire.graph.source import user_name
 from gradwire.graph.tensors import TensorTable
 from gradwire.graph.wrapper import Wrapper
@@ -41,37 +44,71 @@ def compare_with_eager(
     tensors: Sequence[torch.Tensor],
     captured: Captured,
     table: TensorTable,
-) -> None:
+    precision: torch.dtype | None = None,
+) -> Captured:
     """ModelError if the program's loss or gradients differ from the model's, in training mode.
 
-    One row is tried first: a model that branches on a batch of one is found so. Some models cannot train on one row
-    (batch normalisation): they are compared on more.
+    One row, and the smallest sizes of dynamic dimensions, are tried first: a model that branches on a batch of one is
+    found so. Some models cannot train on these (batch normalisation): they are compared on more. Single sizes that
+    export excluded are tried too; returned is the program with those that turned out to be right.
     """
-    rows_given = [tensor.shape[0] for leaf, tensor in zip(batch.tensors, tensors, strict=True) if leaf.batched]
-    most = max(2, min(4, rows_given[0]))
-    for rows in (1, most):
+    most = max(2, min(4, batch.rows))
+    whole = (most, dict(batch.example_sizes))
+    low = smallest(captured.sizes)
+
+    def equal_on(rows: int, sizes: Mapping[str, int]) -> bool:
+        """Compare; False if the model itself fails on such a batch, or has no loss there."""
         small = [
-            _rows(tensor, rows) if leaf.batched else tensor for leaf, tensor in zip(batch.tensors, tensors, strict=True)
+            _resized(_rows(tensor, rows) if leaf.batched else tensor, leaf, sizes)
+            for leaf, tensor in zip(batch.tensors, tensors, strict=True)
         ]
         copied, copied_loss = copy_model(model, loss, fresh_buffers=True)
         wrapper = Wrapper(copied, copied_loss, batch, with_loss=True, with_output=False)
         set_mode(wrapper, training=True)
         parameters = {name: item for name, item in wrapper.named_parameters() if item.requires_grad}
         try:
-            expected = _run(wrapper, small, parameters)
+            expected = _run(wrapper, small, parameters, autocast(precision, model))
         except ModelError:
             raise
         except Exception as error:
-            if rows == most:
+            if (rows, sizes) == whole:
                 raise ModelError(
                     "The model fails on the example, outside of export",
                     got=f"{type(error).__name__}: {error}",
                     remedy="make the model, loss and example run in plain torch first",
                 ) from error
-            continue
-        got = _run(_program(captured, model, loss, batch, table), small, parameters)
-        _compare(expected, got, rows)
-        return
+            return False
+        if not bool(expected[0].isfinite()):  # such as a mean over no target that counts: it tells nothing
+            return (rows, sizes) == whole
+        program = _program(captured, model, loss, batch, table)
+        got = _run(program, small, parameters, autocast(precision, model))
+        _compare(expected, got, _described(rows, sizes))
+        return True
+
+    for rows, tried in ((1, low), (1, whole[1]), whole):
+        if equal_on(rows, tried):
+            break
+
+    def is_right(name: str, value: int) -> bool:
+        """Whether a size that export excluded is right all the same."""
+        try:
+            return equal_on(most, with_size(captured.sizes, whole[1], name, value))
+        except ModelError:
+            return False
+
+    sizes = {
+        name: replace(size, excluded=frozenset(value for value in size.excluded if not is_right(name, value)))
+        for name, size in captured.sizes.items()
+    }
+    return replace(captured, sizes=sizes)
+
+
+def _resized(tensor: torch.Tensor, leaf: Leaf, sizes: Mapping[str, int]) -> torch.Tensor:
+    """Repeat or cut a tensor in its dynamic dimensions, to these sizes."""
+    for dimension, name in leaf.dims:
+        indices = torch.arange(sizes[name], device=tensor.device) % tensor.shape[dimension]
+        tensor = tensor.index_select(dimension, indices)
+    return tensor
 
 
 def _rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
@@ -111,20 +148,22 @@ def _run(
     call: Callable[..., Sequence[torch.Tensor]],
     tensors: Sequence[torch.Tensor],
     parameters: Mapping[str, torch.Tensor],
+    around: torch.autocast,
 ) -> tuple[torch.Tensor, Gradients]:
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
-        loss = call(*(tensor.clone() for tensor in tensors))[0]
+        with around:
+            loss = call(*(tensor.clone() for tensor in tensors))[0]
         if not loss.requires_grad:
             return loss.detach(), dict.fromkeys(parameters)
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     return loss.detach(), dict(zip(parameters, gradients, strict=True))
 
 
-def _compare(expected: tuple[torch.Tensor, Gradients], got: tuple[torch.Tensor, Gradients], rows: int) -> None:
+def _compare(expected: tuple[torch.Tensor, Gradients], got: tuple[torch.Tensor, Gradients], batch: str) -> None:
     (loss, gradients), (exported_loss, exported) = expected, got
     if not _close(loss, exported_loss, loss.abs().item()):
-        raise _differs("The loss", f"{loss.item():.8g}", f"{exported_loss.item():.8g}", rows)
+        raise _differs("The loss", f"{loss.item():.8g}", f"{exported_loss.item():.8g}", batch)
     scales = {
         name: gradient.abs().max().item()
         for name, gradient in gradients.items()
@@ -136,11 +175,11 @@ def _compare(expected: tuple[torch.Tensor, Gradients], got: tuple[torch.Tensor, 
         if gradient is None or other is None:
             if gradient is not other:
                 told = ["no gradient" if item is None else "a gradient" for item in (gradient, other)]
-                raise _differs(f"The gradient of '{user_name(name)}'", told[0], told[1], rows)
+                raise _differs(f"The gradient of '{user_name(name)}'", told[0], told[1], batch)
         elif not _close(gradient, other, max(scales.get(name, 0.0), _NOISE * largest)):
             off = (_dense(gradient) - _dense(other)).abs().max().item()
             scale = scales.get(name, 0.0)
-            raise _differs(f"The gradient of '{user_name(name)}'", f"largest {scale:.3g}", f"off by {off:.3g}", rows)
+            raise _differs(f"The gradient of '{user_name(name)}'", f"largest {scale:.3g}", f"off by {off:.3g}", batch)
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
@@ -152,11 +191,15 @@ def _close(first: torch.Tensor, second: torch.Tensor, scale: float) -> bool:
     return torch.allclose(_dense(first), _dense(second), rtol=tolerance, atol=tolerance * scale, equal_nan=True)
 
 
-def _differs(what: str, eager: str, exported: str, rows: int) -> ModelError:
+def _described(rows: int, sizes: Mapping[str, int]) -> str:
+    return ", ".join([f"{rows} row(s)", *(f"{name} {size}" for name, size in sizes.items())])
+
+
+def _differs(what: str, eager: str, exported: str, batch: str) -> ModelError:
     return ModelError(
-        f"{what} of the exported graph differs from the model's own, on {rows} row(s)",
+        f"{what} of the exported graph differs from the model's own, on {batch}",
         expected=eager,
         got=exported,
-        remedy="look for code that export cannot see: branches on the number of rows, Python or NumPy randomness, "
-        "state kept outside of buffers, gradients made by hand; if the model is right, pass check=False",
+        remedy="look for code that export cannot see: branches on the number of rows or a length, Python or NumPy "
+        "randomness, state kept outside of buffers, gradients made by hand; if the model is right, pass check=False",
     )

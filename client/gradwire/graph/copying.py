@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from gradwire_protocol.errors import ModelError
 
 Loss = Any  # a callable, a module, or None
+_SHOWN = 5
 
 
 def copy_model(model: nn.Module, loss: Loss, *, fresh_buffers: bool = False) -> tuple[nn.Module, Loss]:
@@ -47,21 +48,29 @@ def copy_model(model: nn.Module, loss: Loss, *, fresh_buffers: bool = False) -> 
 
 
 def is_on_meta(model: nn.Module) -> bool:
-    """Whether any parameter has no data."""
-    return any(parameter.is_meta for parameter in model.parameters())
+    """Whether any parameter or buffer has no data."""
+    return any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
 def refuse_empty_buffers(model: nn.Module) -> None:
-    """ModelError for a buffer on the meta device that no checkpoint will fill."""
-    for prefix, module in model.named_modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta and name in module._non_persistent_buffers_set:
-                raise ModelError(
-                    f"Buffer '{prefix + '.' if prefix else ''}{name}' is on the meta device and in no checkpoint",
-                    expected="non-persistent buffers with their contents",
-                    got="an empty tensor",
-                    remedy="build the model on the CPU, then move only its parameters to meta",
-                )
+    """ModelError for what is on the meta device and in no checkpoint: non-persistent buffers, plain attributes."""
+    empty = []
+    for path, module in model.named_modules():
+        names = [name for name in module._non_persistent_buffers_set if name in module._buffers]
+        names += [name for name, value in vars(module).items() if isinstance(value, torch.Tensor)]
+        empty += [
+            f"{path}.{name}" if path else name
+            for name in sorted(names)
+            if (value := getattr(module, name)) is not None and value.is_meta
+        ]
+    if empty:
+        more = f" and {len(empty) - _SHOWN} more" if len(empty) > _SHOWN else ""
+        raise ModelError(
+            "The model has tensors that are on the meta device and in no checkpoint",
+            expected="non-persistent buffers and plain tensor attributes with their contents",
+            got=f"empty ones: {', '.join(empty[:_SHOWN])}{more}",
+            remedy="build the model under `with gradwire.meta_parameters():`, which empties only its parameters",
+        )
 
 
 def _tensors(model: nn.Module, loss: Loss) -> Iterator[tuple[torch.Tensor, bool]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,9 @@ from gradwire.graph.batch import Batch, BatchLayout, FlatBatch, read_example
 from gradwire.graph.capture import capture
 from gradwire.graph.check import can_compare, compare_with_eager
 from gradwire.graph.copying import refuse_empty_buffers
-from gradwire.graph.refusals import refuse_gradient_hooks
+from gradwire.graph.dynamic import Dynamic, found_right
+from gradwire.graph.precision import autocast
+from gradwire.graph.refusals import refuse_gradient_hooks, refuse_scripted_modules
 from gradwire.graph.source import location_of_function
 from gradwire.graph.tensors import TensorTable
 from gradwire.graph.wrapper import OutputLayout
@@ -68,33 +70,46 @@ class ExportedModel:
 
 
 def export_model(
-    model: nn.Module, loss: Callable[..., Any] | nn.Module | None, example: Batch, *, check: bool = True
+    model: nn.Module,
+    loss: Callable[..., Any] | nn.Module | None,
+    example: Batch,
+    *,
+    dynamic: Dynamic | None = None,
+    check: bool = True,
+    precision: torch.dtype | None = None,
 ) -> ExportedModel:
     """Export a model with its loss as graphs for training, evaluation and prediction.
 
     The example is one batch: a tuple (inputs…, target) or a dict of keyword arguments; dimension 0 of each tensor is
     the batch unless `unbatched` marks it. With loss=None the model's output is the loss, or has it as `.loss`.
-    `check` compares the graph with the model on a small batch, where the model is small and has its data.
+    `dynamic` names further dimensions whose sizes differ from batch to batch, as in `Cluster.trainer`.
+    `check` compares the graph with the model on a small batch, where the model is small and has its data. `precision`:
+    trace under autocast to this type, for the types of values, and what code reads of them, to be those of the run.
     The model is not changed. Raises ModelError for what cannot be exported, or would train wrongly.
     """
     refuse_empty_buffers(model)
     refuse_gradient_hooks(model)
-    batch, tensors = read_example(example, loss is not None)
+    refuse_scripted_modules(model)
+    batch, tensors = read_example(example, loss is not None, dynamic)
     table = TensorTable(model, loss)
     place = location_of_function(loss)
-    trained = capture(model, loss, batch, tensors, training=True)
-    train = draft(trained, batch.tensors, batch, table, place)
+    with autocast(precision, model):
+        trained = capture(model, loss, batch, tensors, training=True)
+        train = draft(trained, batch.tensors, batch, table, place)
+    before = trained.sizes
     if check and can_compare(model):
-        compare_with_eager(model, loss, batch, tensors, trained, table)
-    evaluated = capture(model, loss, batch, tensors, training=False, with_output=loss is not None)
-    evaluate = draft(evaluated, batch.tensors, batch, table, place)
+        trained = compare_with_eager(model, loss, batch, tensors, trained, table, precision)
+    with autocast(precision, model):
+        evaluated = capture(model, loss, batch, tensors, training=False, with_output=loss is not None)
+        evaluate = draft(evaluated, batch.tensors, batch, table, place)
     predict: Draft | None = None
     if loss is not None:
         predict = evaluate
         if loss_leaks_into_output(evaluate):
             inputs = [leaf for leaf in batch.tensors if not leaf.is_target]
-            alone = capture(model, loss, batch, tensors, training=False, with_loss=False, with_output=True)
-            predict = draft(alone, inputs, batch, table, place)
+            with autocast(precision, model):
+                alone = capture(model, loss, batch, tensors, training=False, with_loss=False, with_output=True)
+                predict = draft(alone, inputs, batch, table, place)
     form = pb.LOSS_FORM_SUM_AND_WEIGHT if len(train.losses) == 2 else pb.LOSS_FORM_MEAN_OVER_ROWS
     weighted = (train.weighted(), evaluate.weighted())
     if weighted[0] is not None and weighted[1] is not None:
@@ -107,4 +122,5 @@ def export_model(
         tensors=table.specs,
         loss_form=form,
     )
+    batch = replace(batch, sizes=(trained.sizes, found_right(evaluated.sizes, before, trained.sizes)))
     return ExportedModel(proto, table.tensors, batch, predict.captured.outputs if predict is not None else None)

@@ -26,6 +26,7 @@ from gradwire.graph.operations import (
     literal,
     read_names,
 )
+from gradwire.graph.refusals import known_obstacle
 from gradwire.graph.sizes import Sizes
 from gradwire.graph.source import Location, is_in_model, location_of_node
 from gradwire_protocol.errors import ModelError
@@ -285,6 +286,14 @@ def _value(node: fx.Node) -> Any:
 
 
 def _unsupported(node: fx.Node, what: str) -> ModelError:
+    known = known_obstacle(what)
+    if known is not None:
+        return ModelError(
+            f"{known[0]} cannot be part of a graph, at {location_of_node(node)}",
+            expected="operators of the allow-list (gradwire_protocol/operators.py)",
+            got=what,
+            remedy=known[1],
+        )
     return ModelError(
         f"Operator {what} is not allowed in a graph, at {location_of_node(node)}",
         expected="operators of the allow-list (gradwire_protocol/operators.py)",

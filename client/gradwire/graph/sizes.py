@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -26,11 +26,18 @@ def affine(low: int, high: int) -> pb.AffineSize:
 class Sizes:
     """Evaluates sizes that hold the symbol of the batch's rows, and symbols of sizes that depend on data."""
 
-    def __init__(self, rows: torch.SymInt | int, example_rows: int) -> None:
+    def __init__(
+        self, rows: torch.SymInt | int, example_rows: int, dynamic: Iterable[tuple[torch.SymInt | int, int]] = ()
+    ) -> None:
+        """`dynamic` gives the other sizes that differ from batch to batch, and the example's: they count as fixed."""
         self._symbol = rows.node.expr if isinstance(rows, torch.SymInt) else None
         self._example_rows = max(example_rows, LOW)
         self._data_dependent: dict[sympy.Symbol, sympy.Expr | int] = {}
         self._cache: dict[tuple[sympy.Expr, int], int] = {}
+        for size, example in dynamic:
+            if isinstance(size, torch.SymInt):
+                (symbol,) = size.node.expr.free_symbols
+                self._data_dependent[symbol] = sympy.solve(size.node.expr - example, symbol)[0]
 
     def learn(self, value: Any, inputs: Sequence[Any]) -> None:
         """Estimate the sizes that first appear in `value`: at most the elements of the smallest mask or index."""

@@ -20,6 +20,8 @@ class Beginning:
     parameters: int
     steps: int
     steps_per_epoch: int
+    # Steps that an interrupted run had done.
+    steps_done: int
     plan: coordinator_pb2.PlanSummary
 
 

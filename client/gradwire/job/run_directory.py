@@ -62,6 +62,27 @@ class RunDirectory:
             )
         return cls(path)
 
+    @classmethod
+    def reopen(cls, path: Path) -> RunDirectory:
+        """Take the directory of a run that shall go on. SettingsError if it is none."""
+        if not (path / _SETTINGS).is_file():
+            raise SettingsError(
+                f"{path} is not the directory of a run",
+                expected="a directory that `gradwire train` made",
+                got=f"no {_SETTINGS} in it",
+            )
+        return cls(path)
+
+    @property
+    def settings(self) -> Path:
+        """The settings that the run was made with."""
+        return self.path / _SETTINGS
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints are, each in a directory step-N."""
+        return self.path / "checkpoints"
+
     @property
     def logs(self) -> Path:
         """Where the local cluster's processes write."""
@@ -84,6 +105,25 @@ class RunDirectory:
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         with self.metrics.open("a") as file:
             file.write(json.dumps(record) + "\n")
+
+    def rewind_metrics(self, step: int) -> list[dict[str, Any]]:
+        """Drop the records of later steps, which a run that goes on from this one writes anew; return the rest."""
+        try:
+            lines = self.metrics.read_text().splitlines()
+        except FileNotFoundError:
+            return []
+        kept = []
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except ValueError:  # the last one, of a process that was killed
+                break
+            if record["step"] <= step:
+                kept.append(record)
+        unfinished = self.path / f"{_METRICS}.unfinished"
+        unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        unfinished.replace(self.metrics)
+        return kept
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         (self.path / _SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")

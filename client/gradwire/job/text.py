@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ def _tensor(content: bytes) -> torch.Tensor:
 
 
 class Windows:
-    """Training batches (x, y), both (batch, context) of int64, y one byte ahead of x. Iterating is one epoch.
+    """Training batches (x, y), both (batch, context) of int64, y one byte ahead of x.
 
     The text is cut into windows; an epoch takes each once, in an order, and at an offset of the cuts, that depend on
     the seed and the epoch's number. The last batch may be smaller.
@@ -69,7 +70,6 @@ class Windows:
         self._context = context
         self._batch = batch
         self._seed = seed
-        self._epoch = 0
         # An offset may cost one window, and every window needs the byte after it.
         self.windows = max(1, (len(text) - 1) // context - 1)
 
@@ -77,13 +77,31 @@ class Windows:
         """Batches in an epoch."""
         return -(-self.windows // self._batch)
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
-        self._epoch += 1
+    def from_step(self, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield the batches behind the first `step` ones, epoch after epoch, without end."""
+        epoch, taken = divmod(step, len(self))
+        while True:
+            yield from self.epoch(epoch, taken)
+            epoch, taken = epoch + 1, 0
+
+    def position(self, step: int) -> dict[str, int]:
+        """Return what the batches behind the first `step` ones depend on."""
+        return {
+            "step": step,
+            "seed": self._seed,
+            "batch": self._batch,
+            "context": self._context,
+            "windows": self.windows,
+            "crc32": zlib.crc32(self._text.numpy().data),
+        }
+
+    def epoch(self, number: int, taken: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield the batches of an epoch, the first one's number being 0, but for the first `taken` of them."""
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
         slack = len(self._text) - 1 - self.windows * self._context
         offset = int(torch.randint(min(slack, self._context - 1) + 1, (), generator=generator))
         order = torch.randperm(self.windows, generator=generator)
-        for first in range(0, self.windows, self._batch):
+        for first in range(taken * self._batch, self.windows, self._batch):
             starts = order[first : first + self._batch] * self._context + offset
             yield window_batch(self._text, starts, self._context)
 

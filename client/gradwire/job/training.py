@@ -8,25 +8,57 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from gradwire.checkpoint.manifest import read_manifest
 from gradwire.cluster import Cluster
 from gradwire.job.averages import Averages
+from gradwire.job.checkpoints import JobCheckpoints, check_position
 from gradwire.job.gpt import GPT, Shape, make_optimizer, next_byte_loss
 from gradwire.job.reporter import Beginning, Reporter, StepRecord, Validation
 from gradwire.job.run_directory import RunDirectory
 from gradwire.job.settings import JobSettings
 from gradwire.job.text import Windows, load_text, validation_batches
 from gradwire.plan import Plan
+from gradwire.results import StepResult
 from gradwire.trainer import Trainer
 from gradwire.verification import Verification, verify
 
 # The cosine ends at this share of the peak learning rate.
 _FINAL_LR_SHARE = 0.1
 _CHECK_ROWS_PER_MICRO_BATCH = 2
+
+
+@dataclass
+class _Progress:
+    """How far the job is, and what it has measured."""
+
+    averages: Averages
+    done: int = 0
+    validated: int = 0
+    validation_loss: float = math.nan
+    startup_seconds: float = 0.0
+
+    def replay(self, record: Mapping[str, Any]) -> None:
+        """Take a record of the metrics file from before the job was interrupted."""
+        if "validation_loss" in record:
+            self.validated, self.validation_loss = record["step"], record["validation_loss"]
+            self.averages.close_interval()
+            return
+        self.averages.add(
+            StepResult(
+                step=record["step"],
+                loss=record["loss"],
+                seconds=record["seconds"],
+                bubble=record["bubble"],
+                samples_per_second=0.0,
+            )
+        )
 
 
 class Job:
@@ -51,14 +83,32 @@ class Job:
             stages=settings.stages,
             microbatches=settings.microbatches,
             schedule=settings.schedule,
+            recompute=settings.recompute,
             window=settings.window,
         )
 
-    def run(self, cluster: Cluster, directory: RunDirectory, reporter: Reporter, started_at: float) -> dict[str, Any]:
-        """Train, validate, write, check; return the summary. started_at: time.monotonic() of the command's start."""
+    def run(
+        self,
+        cluster: Cluster,
+        directory: RunDirectory,
+        reporter: Reporter,
+        started_at: float,
+        *,
+        resume: bool = False,
+    ) -> dict[str, Any]:
+        """Train, validate, write, check; return the summary. started_at: time.monotonic() of the command's start.
+
+        resume: go on from the newest whole checkpoint in the directory.
+        """
         settings = self._settings
+        checkpoints = JobCheckpoints(
+            directory.checkpoints, every=settings.save_every, keep=settings.keep_checkpoints, note=reporter.note
+        )
+        newest = checkpoints.newest() if resume else None
+        if newest is not None:
+            self._check_position(newest)
         directory.write_settings(settings.model_dump())
-        averages = Averages(len(self._windows))
+        progress = _Progress(Averages(len(self._windows)))
         with cluster.trainer(
             self._model,
             self._optimizer,
@@ -67,8 +117,13 @@ class Job:
             plan=self._plan,
             seed=settings.seed,
             max_grad_norm=settings.max_grad_norm,
+            precision=settings.precision,
             description=f"GPT, {settings.layers} layers of {settings.width}",
         ) as trainer:
+            if newest is not None:
+                self._resume(trainer, newest, directory, progress)
+                reporter.note(f"going on after step {progress.done}, from {newest}")
+            begin = progress.done
             plan = trainer.plan
             directory.write_plan(plan)
             reporter.begin(
@@ -79,24 +134,28 @@ class Job:
                     parameters=sum(parameter.numel() for parameter in self._model.parameters()),
                     steps=settings.steps,
                     steps_per_epoch=len(self._windows),
+                    steps_done=begin,
                     plan=plan,
                 )
             )
-            validations, startup_seconds = self._train(trainer, averages, directory, reporter, started_at)
+            self._train(trainer, checkpoints, progress, directory, reporter, started_at)
+            checkpoints.finish(trainer, progress.done, self._windows.position(progress.done))
             state = trainer.state_dict()
         weights = directory.write_weights(state)
         self._model.load_state_dict(state)
-        loss = validations[-1].validation_loss
-        tokens = self._tokens(settings.steps)
+        averages = progress.averages
+        loss = progress.validation_loss
+        tokens = self._tokens(progress.done)
+        seconds = averages.training_seconds
         summary: dict[str, Any] = {
-            "steps": settings.steps,
+            "steps": progress.done,
             "epochs": averages.epochs(),
             "validation_loss": loss,
             "bits_per_byte": loss / math.log(2),
             "tokens": tokens,
-            "tokens_per_second": tokens / averages.training_seconds,
-            "training_seconds": averages.training_seconds,
-            "startup_seconds": startup_seconds,
+            "tokens_per_second": (tokens - self._tokens(begin)) / seconds if seconds else 0.0,
+            "training_seconds": seconds,
+            "startup_seconds": progress.startup_seconds,
             "bubble": averages.bubble.value,
             "theoretical_bubble": plan.theoretical_bubble_ratio,
             "schedule": plan.schedule,
@@ -104,28 +163,54 @@ class Job:
             "weights": str(weights),
             "verdict": "not checked",
         }
+        if newest is not None:
+            summary["resumed_after_step"] = begin
         if settings.check:
             reporter.note("comparing one step with one process …")
             checks = self._check(cluster)
             summary["verdict"] = "equal" if all(check.equal for check in checks) else "different"
-            summary["checks"] = [_check_record(check) for check in checks]
+            summary["checks"] = [check.to_record() for check in checks]
         directory.write_summary(summary)
         reporter.end(summary)
         return summary
 
+    def _check_position(self, newest: Path) -> None:
+        manifest = read_manifest(newest)
+        check_position(newest, manifest.data_position, self._windows.position(manifest.step))
+
+    def _resume(self, trainer: Trainer, newest: Path, directory: RunDirectory, progress: _Progress) -> None:
+        """Bring the weights, the learning rate, the data and what was measured to where the checkpoint is."""
+        trainer.load(newest)
+        step = trainer.steps_done
+        self._scheduler.load_state_dict(self._scheduler.state_dict() | {"last_epoch": step})
+        # As the settings have it: the checkpoint's own may be of a run that was to be shorter.
+        for group, rate in zip(self._optimizer.param_groups, self._scheduler.base_lrs, strict=True):
+            group["lr"] = rate * self._lr_share(step)
+        progress.done = step
+        for record in directory.rewind_metrics(step):
+            progress.replay(record)
+
     def _train(
-        self, trainer: Trainer, averages: Averages, directory: RunDirectory, reporter: Reporter, started_at: float
-    ) -> tuple[list[Validation], float]:
+        self,
+        trainer: Trainer,
+        checkpoints: JobCheckpoints,
+        progress: _Progress,
+        directory: RunDirectory,
+        reporter: Reporter,
+        started_at: float,
+    ) -> None:
         settings = self._settings
-        batches = self._endless()
-        validations: list[Validation] = []
-        startup_seconds = 0.0
-        done = 0
-        while done < settings.steps:
-            interval = min(settings.evaluate_every, settings.steps - done)
+        averages = progress.averages
+        batches = checkpoints.saving(
+            trainer, self._windows.from_step(progress.done), progress.done, self._windows.position
+        )
+        while progress.done < settings.steps:
+            interval = min(
+                settings.evaluate_every - progress.done % settings.evaluate_every, settings.steps - progress.done
+            )
             began = time.monotonic()
             for result in trainer.run(batches, steps=interval, scheduler=self._scheduler, progress=False):
-                startup_seconds = startup_seconds or time.monotonic() - started_at
+                progress.startup_seconds = progress.startup_seconds or time.monotonic() - started_at
                 averages.add(result)
                 record = StepRecord(
                     result=result,
@@ -135,20 +220,20 @@ class Job:
                 directory.append_metrics(record.to_json())
                 reporter.step(record)
             averages.training_seconds += time.monotonic() - began
-            done += interval
-            validation = Validation(
-                step=done,
-                training_loss=averages.close_interval(),
-                validation_loss=trainer.evaluate(self._validation),
-            )
-            validations.append(validation)
-            directory.append_metrics(validation.to_json())
-            reporter.validation(validation)
-        return validations, startup_seconds
+            progress.done += interval
+            self._validate(trainer, progress, directory, reporter)
+        if progress.validated != progress.done:  # killed between the last step and its validation
+            self._validate(trainer, progress, directory, reporter)
 
-    def _endless(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        while True:
-            yield from self._windows
+    def _validate(self, trainer: Trainer, progress: _Progress, directory: RunDirectory, reporter: Reporter) -> None:
+        validation = Validation(
+            step=progress.done,
+            training_loss=progress.averages.close_interval(),
+            validation_loss=trainer.evaluate(self._validation),
+        )
+        progress.validated, progress.validation_loss = validation.step, validation.validation_loss
+        directory.append_metrics(validation.to_json())
+        reporter.validation(validation)
 
     def _example(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         shape = (rows, self._settings.context)
@@ -169,7 +254,7 @@ class Job:
         return (epochs * windows + rest * self._settings.batch) * self._settings.context
 
     def _check(self, cluster: Cluster) -> list[Verification]:
-        """Compare one step in the model's own type, and one in float64, which also judges the updated weights."""
+        """Compare one step in the run's own precision, and one in float64, which also judges the updated weights."""
         settings = self._settings
         rows = min(settings.batch, settings.microbatches * _CHECK_ROWS_PER_MICRO_BATCH)
         x, y = self._validation[0]
@@ -184,19 +269,7 @@ class Job:
                     batch=(x[:rows], y[:rows]),
                     plan=self._plan,
                     max_grad_norm=settings.max_grad_norm,
+                    precision=settings.precision if data_type is torch.float32 else None,
                 )
             )
         return checks
-
-
-def _check_record(check: Verification) -> dict[str, Any]:
-    return {
-        "data_type": check.data_type,
-        "equal": check.equal,
-        "loss_difference": check.loss_difference,
-        "gradient_difference": check.gradient_difference,
-        "weight_difference": check.weight_difference,
-        "weights_judged": check.weights_judged,
-        "tolerance": check.tolerance,
-        "text": str(check),
-    }

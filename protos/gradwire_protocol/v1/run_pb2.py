@@ -26,7 +26,7 @@ from gradwire_protocol.v1 import graph_pb2 as gradwire__protocol_dot_v1_dot_grap
 from gradwire_protocol.v1 import tensors_pb2 as gradwire__protocol_dot_v1_dot_tensors__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1egradwire_protocol/v1/run.proto\x12\x14gradwire_protocol.v1\x1a gradwire_protocol/v1/graph.proto\x1a\"gradwire_protocol/v1/tensors.proto\"\xdc\x01\n\x04Plan\x12\x0e\n\x06stages\x18\x01 \x01(\r\x12\x10\n\x08replicas\x18\x02 \x01(\r\x12\x0e\n\x06tensor\x18\x03 \x01(\r\x12\x15\n\rmicro_batches\x18\x04 \x01(\r\x12\x10\n\x08schedule\x18\x05 \x01(\t\x12\x0e\n\x06window\x18\x06 \x01(\r\x12\x0c\n\x04\x63uts\x18\x07 \x03(\r\x12\x15\n\rexpected_rows\x18\x08 \x01(\x04\x12\x11\n\trecompute\x18\t \x01(\x08\x12\x31\n\tprecision\x18\n \x01(\x0e\x32\x1e.gradwire_protocol.v1.DataType\"\\\n\x06\x41\x63tion\x12.\n\x04kind\x18\x01 \x01(\x0e\x32 .gradwire_protocol.v1.ActionKind\x12\r\n\x05stage\x18\x02 \x01(\r\x12\x13\n\x0bmicro_batch\x18\x03 \x01(\r\"8\n\x07Program\x12-\n\x07\x61\x63tions\x18\x01 \x03(\x0b\x32\x1c.gradwire_protocol.v1.Action\"M\n\nMicroBatch\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0f\n\x07replica\x18\x02 \x01(\r\x12\x11\n\tfirst_row\x18\x03 \x01(\x04\x12\x0c\n\x04rows\x18\x04 \x01(\x04\"[\n\x0eOptimizerGroup\x12\x12\n\nparameters\x18\x01 \x03(\t\x12\x35\n\x08settings\x18\x02 \x03(\x0b\x32#.gradwire_protocol.v1.NamedArgument\"O\n\tOptimizer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x34\n\x06groups\x18\x02 \x03(\x0b\x32$.gradwire_protocol.v1.OptimizerGroup\"G\n\x0fHyperparameters\x12\x34\n\x06groups\x18\x01 \x03(\x0b\x32$.gradwire_protocol.v1.OptimizerGroup\"6\n\x12OptimizerStateName\x12\x11\n\tparameter\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\"\x81\x01\n\tLoadState\x12\x19\n\x11weights_directory\x18\x01 \x01(\t\x12\x41\n\x0foptimizer_state\x18\x02 \x03(\x0b\x32(.gradwire_protocol.v1.OptimizerStateName\x12\x16\n\x0eweight_version\x18\x03 \x01(\x04\"\xe2\x01\n\tTrainStep\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x37\n\rmicro_batches\x18\x02 \x03(\x0b\x32 .gradwire_protocol.v1.MicroBatch\x12>\n\x0fhyperparameters\x18\x03 \x01(\x0b\x32%.gradwire_protocol.v1.Hyperparameters\x12\x1e\n\x11max_gradient_norm\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x18\n\x10return_gradients\x18\x05 \x01(\x08\x42\x14\n\x12_max_gradient_norm\"C\n\x08\x45valuate\x12\x37\n\rmicro_batches\x18\x01 \x03(\x0b\x32 .gradwire_protocol.v1.MicroBatch\"B\n\x07Predict\x12\x37\n\rmicro_batches\x18\x01 \x03(\x0b\x32 .gradwire_protocol.v1.MicroBatch\"%\n\nFetchState\x12\x17\n\x0foptimizer_state\x18\x01 \x01(\x08\"\x1e\n\tSaveState\x12\x11\n\tdirectory\x18\x01 \x01(\t\"\xf7\x02\n\x05\x45ntry\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\r\x12\x35\n\nload_state\x18\x03 \x01(\x0b\x32\x1f.gradwire_protocol.v1.LoadStateH\x00\x12\x35\n\ntrain_step\x18\x04 \x01(\x0b\x32\x1f.gradwire_protocol.v1.TrainStepH\x00\x12\x32\n\x08\x65valuate\x18\x05 \x01(\x0b\x32\x1e.gradwire_protocol.v1.EvaluateH\x00\x12\x30\n\x07predict\x18\x06 \x01(\x0b\x32\x1d.gradwire_protocol.v1.PredictH\x00\x12\x37\n\x0b\x66\x65tch_state\x18\x07 \x01(\x0b\x32 .gradwire_protocol.v1.FetchStateH\x00\x12\x35\n\nsave_state\x18\x08 \x01(\x0b\x32\x1f.gradwire_protocol.v1.SaveStateH\x00\x42\x06\n\x04kind\"<\n\x08LossPart\x12\x13\n\x0bmicro_batch\x18\x01 \x01(\r\x12\x0b\n\x03sum\x18\x02 \x01(\x01\x12\x0e\n\x06weight\x18\x03 \x01(\x01\"\x92\x02\n\x06Timing\x12\x16\n\x0ewindow_seconds\x18\x01 \x01(\x01\x12\x43\n\x0c\x62usy_seconds\x18\x02 \x03(\x0b\x32-.gradwire_protocol.v1.Timing.BusySecondsEntry\x12\x43\n\x0cidle_seconds\x18\x03 \x03(\x0b\x32-.gradwire_protocol.v1.Timing.IdleSecondsEntry\x1a\x32\n\x10\x42usySecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x32\n\x10IdleSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"=\n\tSavedFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"\x8a\x02\n\x0b\x45ntryReport\x12\r\n\x05\x65ntry\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\r\x12.\n\x06losses\x18\x03 \x03(\x0b\x32\x1e.gradwire_protocol.v1.LossPart\x12,\n\x06timing\x18\x04 \x01(\x0b\x32\x1c.gradwire_protocol.v1.Timing\x12\x16\n\x0eweight_version\x18\x05 \x01(\x04\x12\x1a\n\rgradient_norm\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x34\n\x0bsaved_files\x18\x07 \x03(\x0b\x32\x1f.gradwire_protocol.v1.SavedFileB\x10\n\x0e_gradient_norm\"\xe4\x02\n\x0b\x45ntryResult\x12\r\n\x05\x65ntry\x18\x01 \x01(\x04\x12\x11\n\x04loss\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06weight\x18\x03 \x01(\x01\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12\x1a\n\rgradient_norm\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x16\n\x0eweight_version\x18\x06 \x01(\x04\x12?\n\x07timings\x18\x07 \x03(\x0b\x32..gradwire_protocol.v1.EntryResult.TimingsEntry\x12\x34\n\x0bsaved_files\x18\x08 \x03(\x0b\x32\x1f.gradwire_protocol.v1.SavedFile\x1aL\n\x0cTimingsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12+\n\x05value\x18\x02 \x01(\x0b\x32\x1c.gradwire_protocol.v1.Timing:\x02\x38\x01\x42\x07\n\x05_lossB\x10\n\x0e_gradient_norm*\xa2\x01\n\nActionKind\x12\x1b\n\x17\x41\x43TION_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13\x41\x43TION_KIND_FORWARD\x10\x01\x12\x18\n\x14\x41\x43TION_KIND_BACKWARD\x10\x02\x12\x16\n\x12\x41\x43TION_KIND_REDUCE\x10\x03\x12\x14\n\x10\x41\x43TION_KIND_NORM\x10\x04\x12\x16\n\x12\x41\x43TION_KIND_UPDATE\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1egradwire_protocol/v1/run.proto\x12\x14gradwire_protocol.v1\x1a gradwire_protocol/v1/graph.proto\x1a\"gradwire_protocol/v1/tensors.proto\"\xdc\x01\n\x04Plan\x12\x0e\n\x06stages\x18\x01 \x01(\r\x12\x10\n\x08replicas\x18\x02 \x01(\r\x12\x0e\n\x06tensor\x18\x03 \x01(\r\x12\x15\n\rmicro_batches\x18\x04 \x01(\r\x12\x10\n\x08schedule\x18\x05 \x01(\t\x12\x0e\n\x06window\x18\x06 \x01(\r\x12\x0c\n\x04\x63uts\x18\x07 \x03(\r\x12\x15\n\rexpected_rows\x18\x08 \x01(\x04\x12\x11\n\trecompute\x18\t \x01(\x08\x12\x31\n\tprecision\x18\n \x01(\x0e\x32\x1e.gradwire_protocol.v1.DataType\"\\\n\x06\x41\x63tion\x12.\n\x04kind\x18\x01 \x01(\x0e\x32 .gradwire_protocol.v1.ActionKind\x12\r\n\x05stage\x18\x02 \x01(\r\x12\x13\n\x0bmicro_batch\x18\x03 \x01(\r\"8\n\x07Program\x12-\n\x07\x61\x63tions\x18\x01 \x03(\x0b\x32\x1c.gradwire_protocol.v1.Action\"M\n\nMicroBatch\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0f\n\x07replica\x18\x02 \x01(\r\x12\x11\n\tfirst_row\x18\x03 \x01(\x04\x12\x0c\n\x04rows\x18\x04 \x01(\x04\"[\n\x0eOptimizerGroup\x12\x12\n\nparameters\x18\x01 \x03(\t\x12\x35\n\x08settings\x18\x02 \x03(\x0b\x32#.gradwire_protocol.v1.NamedArgument\"O\n\tOptimizer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x34\n\x06groups\x18\x02 \x03(\x0b\x32$.gradwire_protocol.v1.OptimizerGroup\"G\n\x0fHyperparameters\x12\x34\n\x06groups\x18\x01 \x03(\x0b\x32$.gradwire_protocol.v1.OptimizerGroup\"6\n\x12OptimizerStateName\x12\x11\n\tparameter\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\"\x99\x01\n\tLoadState\x12\x19\n\x11weights_directory\x18\x01 \x01(\t\x12\x41\n\x0foptimizer_state\x18\x02 \x03(\x0b\x32(.gradwire_protocol.v1.OptimizerStateName\x12\x16\n\x0eweight_version\x18\x03 \x01(\x04\x12\x16\n\x0eweights_prefix\x18\x04 \x01(\t\"\xe2\x01\n\tTrainStep\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x37\n\rmicro_batches\x18\x02 \x03(\x0b\x32 .gradwire_protocol.v1.MicroBatch\x12>\n\x0fhyperparameters\x18\x03 \x01(\x0b\x32%.gradwire_protocol.v1.Hyperparameters\x12\x1e\n\x11max_gradient_norm\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x18\n\x10return_gradients\x18\x05 \x01(\x08\x42\x14\n\x12_max_gradient_norm\"C\n\x08\x45valuate\x12\x37\n\rmicro_batches\x18\x01 \x03(\x0b\x32 .gradwire_protocol.v1.MicroBatch\"B\n\x07Predict\x12\x37\n\rmicro_batches\x18\x01 \x03(\x0b\x32 .gradwire_protocol.v1.MicroBatch\"%\n\nFetchState\x12\x17\n\x0foptimizer_state\x18\x01 \x01(\x08\"\x1e\n\tSaveState\x12\x11\n\tdirectory\x18\x01 \x01(\t\"\xf7\x02\n\x05\x45ntry\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\r\x12\x35\n\nload_state\x18\x03 \x01(\x0b\x32\x1f.gradwire_protocol.v1.LoadStateH\x00\x12\x35\n\ntrain_step\x18\x04 \x01(\x0b\x32\x1f.gradwire_protocol.v1.TrainStepH\x00\x12\x32\n\x08\x65valuate\x18\x05 \x01(\x0b\x32\x1e.gradwire_protocol.v1.EvaluateH\x00\x12\x30\n\x07predict\x18\x06 \x01(\x0b\x32\x1d.gradwire_protocol.v1.PredictH\x00\x12\x37\n\x0b\x66\x65tch_state\x18\x07 \x01(\x0b\x32 .gradwire_protocol.v1.FetchStateH\x00\x12\x35\n\nsave_state\x18\x08 \x01(\x0b\x32\x1f.gradwire_protocol.v1.SaveStateH\x00\x42\x06\n\x04kind\"<\n\x08LossPart\x12\x13\n\x0bmicro_batch\x18\x01 \x01(\r\x12\x0b\n\x03sum\x18\x02 \x01(\x01\x12\x0e\n\x06weight\x18\x03 \x01(\x01\"\x92\x02\n\x06Timing\x12\x16\n\x0ewindow_seconds\x18\x01 \x01(\x01\x12\x43\n\x0c\x62usy_seconds\x18\x02 \x03(\x0b\x32-.gradwire_protocol.v1.Timing.BusySecondsEntry\x12\x43\n\x0cidle_seconds\x18\x03 \x03(\x0b\x32-.gradwire_protocol.v1.Timing.IdleSecondsEntry\x1a\x32\n\x10\x42usySecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x32\n\x10IdleSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"=\n\tSavedFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"\x8a\x02\n\x0b\x45ntryReport\x12\r\n\x05\x65ntry\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\r\x12.\n\x06losses\x18\x03 \x03(\x0b\x32\x1e.gradwire_protocol.v1.LossPart\x12,\n\x06timing\x18\x04 \x01(\x0b\x32\x1c.gradwire_protocol.v1.Timing\x12\x16\n\x0eweight_version\x18\x05 \x01(\x04\x12\x1a\n\rgradient_norm\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x34\n\x0bsaved_files\x18\x07 \x03(\x0b\x32\x1f.gradwire_protocol.v1.SavedFileB\x10\n\x0e_gradient_norm\"\xe4\x02\n\x0b\x45ntryResult\x12\r\n\x05\x65ntry\x18\x01 \x01(\x04\x12\x11\n\x04loss\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06weight\x18\x03 \x01(\x01\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12\x1a\n\rgradient_norm\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x16\n\x0eweight_version\x18\x06 \x01(\x04\x12?\n\x07timings\x18\x07 \x03(\x0b\x32..gradwire_protocol.v1.EntryResult.TimingsEntry\x12\x34\n\x0bsaved_files\x18\x08 \x03(\x0b\x32\x1f.gradwire_protocol.v1.SavedFile\x1aL\n\x0cTimingsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12+\n\x05value\x18\x02 \x01(\x0b\x32\x1c.gradwire_protocol.v1.Timing:\x02\x38\x01\x42\x07\n\x05_lossB\x10\n\x0e_gradient_norm*\xa2\x01\n\nActionKind\x12\x1b\n\x17\x41\x43TION_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13\x41\x43TION_KIND_FORWARD\x10\x01\x12\x18\n\x14\x41\x43TION_KIND_BACKWARD\x10\x02\x12\x16\n\x12\x41\x43TION_KIND_REDUCE\x10\x03\x12\x14\n\x10\x41\x43TION_KIND_NORM\x10\x04\x12\x16\n\x12\x41\x43TION_KIND_UPDATE\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,8 +39,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TIMING_IDLESECONDSENTRY']._serialized_options = b'8\001'
   _globals['_ENTRYRESULT_TIMINGSENTRY']._loaded_options = None
   _globals['_ENTRYRESULT_TIMINGSENTRY']._serialized_options = b'8\001'
-  _globals['_ACTIONKIND']._serialized_start=2861
-  _globals['_ACTIONKIND']._serialized_end=3023
+  _globals['_ACTIONKIND']._serialized_start=2885
+  _globals['_ACTIONKIND']._serialized_end=3047
   _globals['_PLAN']._serialized_start=127
   _globals['_PLAN']._serialized_end=347
   _globals['_ACTION']._serialized_start=349
@@ -58,33 +58,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_OPTIMIZERSTATENAME']._serialized_start=827
   _globals['_OPTIMIZERSTATENAME']._serialized_end=881
   _globals['_LOADSTATE']._serialized_start=884
-  _globals['_LOADSTATE']._serialized_end=1013
-  _globals['_TRAINSTEP']._serialized_start=1016
-  _globals['_TRAINSTEP']._serialized_end=1242
-  _globals['_EVALUATE']._serialized_start=1244
-  _globals['_EVALUATE']._serialized_end=1311
-  _globals['_PREDICT']._serialized_start=1313
-  _globals['_PREDICT']._serialized_end=1379
-  _globals['_FETCHSTATE']._serialized_start=1381
-  _globals['_FETCHSTATE']._serialized_end=1418
-  _globals['_SAVESTATE']._serialized_start=1420
-  _globals['_SAVESTATE']._serialized_end=1450
-  _globals['_ENTRY']._serialized_start=1453
-  _globals['_ENTRY']._serialized_end=1828
-  _globals['_LOSSPART']._serialized_start=1830
-  _globals['_LOSSPART']._serialized_end=1890
-  _globals['_TIMING']._serialized_start=1893
-  _globals['_TIMING']._serialized_end=2167
-  _globals['_TIMING_BUSYSECONDSENTRY']._serialized_start=2065
-  _globals['_TIMING_BUSYSECONDSENTRY']._serialized_end=2115
-  _globals['_TIMING_IDLESECONDSENTRY']._serialized_start=2117
-  _globals['_TIMING_IDLESECONDSENTRY']._serialized_end=2167
-  _globals['_SAVEDFILE']._serialized_start=2169
-  _globals['_SAVEDFILE']._serialized_end=2230
-  _globals['_ENTRYREPORT']._serialized_start=2233
-  _globals['_ENTRYREPORT']._serialized_end=2499
-  _globals['_ENTRYRESULT']._serialized_start=2502
-  _globals['_ENTRYRESULT']._serialized_end=2858
-  _globals['_ENTRYRESULT_TIMINGSENTRY']._serialized_start=2755
-  _globals['_ENTRYRESULT_TIMINGSENTRY']._serialized_end=2831
+  _globals['_LOADSTATE']._serialized_end=1037
+  _globals['_TRAINSTEP']._serialized_start=1040
+  _globals['_TRAINSTEP']._serialized_end=1266
+  _globals['_EVALUATE']._serialized_start=1268
+  _globals['_EVALUATE']._serialized_end=1335
+  _globals['_PREDICT']._serialized_start=1337
+  _globals['_PREDICT']._serialized_end=1403
+  _globals['_FETCHSTATE']._serialized_start=1405
+  _globals['_FETCHSTATE']._serialized_end=1442
+  _globals['_SAVESTATE']._serialized_start=1444
+  _globals['_SAVESTATE']._serialized_end=1474
+  _globals['_ENTRY']._serialized_start=1477
+  _globals['_ENTRY']._serialized_end=1852
+  _globals['_LOSSPART']._serialized_start=1854
+  _globals['_LOSSPART']._serialized_end=1914
+  _globals['_TIMING']._serialized_start=1917
+  _globals['_TIMING']._serialized_end=2191
+  _globals['_TIMING_BUSYSECONDSENTRY']._serialized_start=2089
+  _globals['_TIMING_BUSYSECONDSENTRY']._serialized_end=2139
+  _globals['_TIMING_IDLESECONDSENTRY']._serialized_start=2141
+  _globals['_TIMING_IDLESECONDSENTRY']._serialized_end=2191
+  _globals['_SAVEDFILE']._serialized_start=2193
+  _globals['_SAVEDFILE']._serialized_end=2254
+  _globals['_ENTRYREPORT']._serialized_start=2257
+  _globals['_ENTRYREPORT']._serialized_end=2523
+  _globals['_ENTRYRESULT']._serialized_start=2526
+  _globals['_ENTRYRESULT']._serialized_end=2882
+  _globals['_ENTRYRESULT_TIMINGSENTRY']._serialized_start=2779
+  _globals['_ENTRYRESULT_TIMINGSENTRY']._serialized_end=2855
 # @@protoc_insertion_point(module_scope)

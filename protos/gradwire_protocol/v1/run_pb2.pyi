@@ -107,14 +107,16 @@ class OptimizerStateName(_message.Message):
     def __init__(self, parameter: _Optional[str] = ..., state: _Optional[str] = ...) -> None: ...
 
 class LoadState(_message.Message):
-    __slots__ = ("weights_directory", "optimizer_state", "weight_version")
+    __slots__ = ("weights_directory", "optimizer_state", "weight_version", "weights_prefix")
     WEIGHTS_DIRECTORY_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_STATE_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_PREFIX_FIELD_NUMBER: _ClassVar[int]
     weights_directory: str
     optimizer_state: _containers.RepeatedCompositeFieldContainer[OptimizerStateName]
     weight_version: int
-    def __init__(self, weights_directory: _Optional[str] = ..., optimizer_state: _Optional[_Iterable[_Union[OptimizerStateName, _Mapping]]] = ..., weight_version: _Optional[int] = ...) -> None: ...
+    weights_prefix: str
+    def __init__(self, weights_directory: _Optional[str] = ..., optimizer_state: _Optional[_Iterable[_Union[OptimizerStateName, _Mapping]]] = ..., weight_version: _Optional[int] = ..., weights_prefix: _Optional[str] = ...) -> None: ...
 
 class TrainStep(_message.Message):
     __slots__ = ("step", "micro_batches", "hyperparameters", "max_gradient_norm", "return_gradients")

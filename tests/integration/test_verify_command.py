@@ -1,0 +1,260 @@
+"""`gradwire verify` and `trainer.verify`: equal is equal, a broken stage server is found, and the run goes on."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cluster_in_process import cluster_in_process
+from torch import nn
+
+import gradwire
+import gradwire_stage.operators
+import gradwire_stage.rebuild
+
+SUBJECT = """
+import torch
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (torch.nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x):
+        return self.third(torch.nn.functional.gelu(self.second(torch.tanh(self.first(x)))))
+
+def make_model():
+    torch.manual_seed(0)
+    return Model()
+
+def make_optimizer(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+def make_batch():
+    return torch.randn(8, 6), torch.randn(8, 6)
+
+loss = torch.nn.functional.mse_loss
+"""
+
+
+def verify(directory: Path, *arguments: str) -> tuple[int, str, str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GRADWIRE_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "gradwire", "verify", *arguments],
+        cwd=directory,
+        env=environment | {"COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def subject(tmp_path: Path) -> Path:
+    file = tmp_path / "subject.py"
+    file.write_text(SUBJECT)
+    return file
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Iterator[gradwire.Cluster]:
+    with cluster_in_process(tmp_path_factory.mktemp("sound"), stage_servers=4) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Iterator[gradwire.Cluster]:
+    """A cluster whose servers' gelu is a thousandth too large."""
+    resolve = gradwire_stage.operators.resolve
+
+    def resolve_wrongly(target: str) -> Callable[..., Any]:
+        function = resolve(target)
+        if target != "aten.gelu.default":
+            return function
+        return lambda *arguments, **keywords: function(*arguments, **keywords) * 1.001
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gradwire_stage.rebuild, "resolve", resolve_wrongly)
+        with cluster_in_process(tmp_path / "state", stage_servers=2) as cluster:
+            yield cluster
+
+
+def test_equal_on_a_cluster_of_its_own(subject: Path, tmp_path: Path) -> None:
+    code, out, err = verify(tmp_path, str(subject), "--microbatches", "3", "--schedule", "gpipe", "--cuts", "second")
+    assert code == 0, err
+    assert "float64: equal to one process" in out
+    assert "first.weight" in out
+    assert "compared: the loss, 6 gradients, 6 weights and buffers" in out
+
+
+def test_json_on_a_running_cluster(sound: gradwire.Cluster, subject: Path, tmp_path: Path) -> None:
+    code, out, err = verify(
+        tmp_path, str(subject), "--coordinator", sound.address, "--stages", "3", "--no-double", "--json", "--top", "2"
+    )
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["equal"]
+    assert found["data_type"] == "float32"
+    assert not found["weights_judged"]
+    assert [item.keys() for item in found["gradients"]] == [{"name", "relative", "absolute"}] * 2
+
+
+def test_a_broken_stage_server_is_found(broken: gradwire.Cluster, subject: Path, tmp_path: Path) -> None:
+    code, out, err = verify(tmp_path, str(subject), "--coordinator", broken.address, "--cuts", "second", "--json")
+    assert code == 1, err
+    found = json.loads(out)
+    assert "NOT EQUAL" in found["text"]
+    assert not found["equal"]
+    assert found["loss_difference"] > 1e-7
+    assert found["gradients"][0]["relative"] > 1e-5
+
+
+def test_wrong_input(sound: gradwire.Cluster, subject: Path, tmp_path: Path) -> None:
+    subject.write_text(SUBJECT.replace("self.third(", "self.third(torch.nn.functional.dropout(x) + "))
+    code, out, err = verify(tmp_path, str(subject), "--coordinator", sound.address)
+    assert code == 2, out + err
+    assert "random numbers" in err
+
+
+def test_no_such_file(sound: gradwire.Cluster, tmp_path: Path) -> None:
+    code, _, err = verify(tmp_path, "nowhere.py", "--coordinator", sound.address)
+    assert code == 2
+    assert "nowhere.py" in err
+
+
+class Model(nn.Module):
+    """A buffer that training changes, and groups of parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 8, bias=False)
+        self.norm = nn.BatchNorm1d(8)
+        self.second = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores: torch.Tensor = self.second(F.gelu(self.norm(self.first(x))))
+        return scores
+
+
+def make_model() -> Model:
+    torch.manual_seed(0)
+    return Model()
+
+
+def make_optimizer(model: Model) -> torch.optim.Optimizer:
+    groups = [{"params": [model.first.weight], "lr": 0.2}, {"params": [*model.norm.parameters()]}]
+    return torch.optim.AdamW([*groups, {"params": model.second.parameters(), "weight_decay": 0.3}], lr=0.1)
+
+
+def make_batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(12, 4, generator=generator), torch.randint(3, (12,), generator=generator)) for _ in range(4)]
+
+
+PLAN = gradwire.Plan(stages=2, microbatches=3)
+
+
+def train(cluster: gradwire.Cluster, *, verified: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
+    model = make_model()
+    optimizer = make_optimizer(model)
+    losses = []
+    with cluster.trainer(
+        model,
+        optimizer,
+        loss=nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0])),
+        example=make_batches()[0],
+        plan=PLAN,
+        max_grad_norm=0.5,
+    ) as trainer:
+        for x, y in make_batches():
+            result = trainer.step(x, y)
+            losses.append(result.loss)
+            assert result.step == len(losses)
+            if verified:
+                found = trainer.verify((x, y))
+                assert found.equal, str(found)
+                assert found.data_type == "float64"
+        if verified:
+            assert trainer.verify(make_batches()[0], double=False).data_type == "float32"
+        return losses, trainer.state_dict()
+
+
+def test_a_verified_run_goes_on_as_if_nothing_had_been(sound: gradwire.Cluster) -> None:
+    losses, weights = train(sound, verified=False)
+    again, weights_again = train(sound, verified=True)
+    assert again == losses
+    assert all(torch.equal(weights_again[name], weight) for name, weight in weights.items())
+
+
+def test_a_run_on_a_broken_server_is_found(broken: gradwire.Cluster) -> None:
+    model = make_model()
+    optimizer = make_optimizer(model)
+    x, y = make_batches()[0]
+    plan = gradwire.Plan(stages=1, microbatches=3)
+    with broken.trainer(model, optimizer, loss=F.cross_entropy, example=(x, y), plan=plan) as trainer:
+        found = trainer.verify((x, y))
+    assert not found.equal
+    assert found.gradient_difference > 1e-5
+
+
+def test_verification_compares_with_the_current_weights_and_rates(sound: gradwire.Cluster) -> None:
+    """From other weights the loss would be another; from another rate, the weights."""
+    model = make_model()
+    optimizer = make_optimizer(model)
+    x, y = make_batches()[0]
+    with sound.trainer(model, optimizer, loss=F.cross_entropy, example=(x, y), plan=PLAN) as trainer:
+        first = trainer.step(x, y).loss
+        optimizer.param_groups[0]["lr"] = 0.05
+        found = trainer.verify((x, y), double=False)
+        assert found.loss == trainer.step(x, y).loss != first
+
+
+def test_what_is_gone_or_busy_is_told(sound: gradwire.Cluster) -> None:
+    model = make_model()
+    optimizer = make_optimizer(model)
+    x, y = make_batches()[0]
+    with sound.trainer(model, optimizer, loss=F.cross_entropy, example=(x, y), plan=PLAN) as trainer:
+        other = copy.deepcopy(model)
+        with (
+            sound.trainer(other, make_optimizer(other), loss=F.cross_entropy, example=(x, y), plan=PLAN),
+            pytest.raises(gradwire.PlanError, match="are free"),
+        ):
+            trainer.verify((x, y))
+        del optimizer
+        gc.collect()
+        with pytest.raises(gradwire.OptimizerError, match="optimizer is gone"):
+            trainer.verify((x, y))
+        del model
+        gc.collect()
+        with pytest.raises(gradwire.ModelError, match="model is gone"):
+            trainer.verify((x, y))
+        assert trainer.step(x, y).step == 1
+
+
+def test_a_local_cluster_starts_the_servers_that_it_lacks() -> None:
+    model = make_model()
+    optimizer = make_optimizer(model)
+    x, y = make_batches()[0]
+    with (
+        gradwire.local(stage_servers=2) as cluster,
+        cluster.trainer(model, optimizer, loss=F.cross_entropy, example=(x, y), plan=PLAN) as trainer,
+    ):
+        trainer.step(x, y)
+        processes = cluster.process_ids
+        for _ in range(2):
+            assert trainer.verify((x, y)).equal
+            assert cluster.process_ids == processes
+            assert len(cluster.status().servers) == 2
+        assert trainer.step(x, y).step == 2
