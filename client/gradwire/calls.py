@@ -4,9 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from gradwire_protocol.v1 import coordinator_pb2_grpc
+import grpc
+
+from gradwire_protocol.errors import from_rpc_error
+from gradwire_protocol.v1 import coordinator_pb2, coordinator_pb2_grpc
+
+# Segments are built in it, on all servers at once; a model of a billion parameters takes some seconds.
+_CREATE_SECONDS = 300.0
 
 
 def coordinator_stub(channel: Any) -> Any:
     """Return the generated stub of CoordinatorService; generated code has no annotations."""
     return coordinator_pb2_grpc.CoordinatorServiceStub(channel)  # type: ignore[no-untyped-call]
+
+
+def create_run(channel: Any, target: str, request: coordinator_pb2.CreateRunRequest) -> coordinator_pb2.CreateRunReply:
+    """Have a run laid out and prepared; raises the coordinator's typed error. target: how errors name it."""
+    try:
+        layout: coordinator_pb2.CreateRunReply = coordinator_stub(channel).CreateRun(request, timeout=_CREATE_SECONDS)
+    except grpc.RpcError as error:
+        raise from_rpc_error(error, target=target) from None
+    return layout

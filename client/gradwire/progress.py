@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
@@ -77,3 +78,11 @@ class ProgressBar:
         if now - self._drawn_at >= _REFRESH_SECONDS:
             self._drawn_at = now
             self._progress.refresh()
+
+
+def with_progress(results: Iterator[StepResult], total: int | None) -> Iterator[StepResult]:
+    """Yield the results, and show each on a bar of its own."""
+    with ProgressBar(total) as bar:
+        for result in results:
+            bar.show(result, f"{result.samples_per_second:.1f} samples/s")
+            yield result

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import grpc
 import torch
 from torch import nn
 
+from gradwire.arguments import check_trainer_arguments
 from gradwire.batches import Batch, as_arguments, batches_of, length_of, micro_batches
-from gradwire.calls import coordinator_stub
+from gradwire.calls import create_run
 from gradwire.checkpoint.background import Save
 from gradwire.checkpoint.run import RunCheckpoints
 from gradwire.graph import ExportedModel, FlatBatch, export_model
@@ -29,7 +29,7 @@ from gradwire.graph.precision import precision_type
 from gradwire.optimizers import OptimizerReader
 from gradwire.outputs import join_outputs
 from gradwire.plan import Plan
-from gradwire.progress import ProgressBar, is_terminal
+from gradwire.progress import is_terminal, with_progress
 from gradwire.results import StepResult, step_result
 from gradwire.session import Session
 from gradwire.state import StateNames
@@ -39,9 +39,7 @@ from gradwire_protocol.errors import (
     DataError,
     ModelError,
     OptimizerError,
-    PlanError,
     SettingsError,
-    from_rpc_error,
 )
 from gradwire_protocol.torch_tensors import DATA_TYPES
 from gradwire_protocol.v1 import coordinator_pb2, graph_pb2, run_pb2, tensors_pb2
@@ -50,9 +48,6 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from gradwire.cluster import Cluster
-
-# Segments are built in it, on all servers at once; a model of a billion parameters takes some seconds.
-_CREATE_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -88,7 +83,7 @@ class Trainer:
         weights: Weights = None,
         dynamic: Dynamic | None = None,
     ) -> None:
-        _check_arguments(model, plan, seed, max_grad_norm)
+        check_trainer_arguments(model, plan, seed, max_grad_norm)
         data_type = precision_type(precision, model)
         batch = as_arguments(example)
         self._cluster = cluster
@@ -116,7 +111,7 @@ class Trainer:
             seed=seed,
             description=description or type(model).__name__,
         )
-        self._layout = _create_run(cluster, request)
+        self._layout = create_run(cluster.channel, cluster.target, request)
         owned = (name for server in self._layout.servers for name in server.owned_tensors)
         self._names = StateNames(model, self._proto.tensors, owned)
         self._session = Session(
@@ -201,7 +196,7 @@ class Trainer:
         results = self._run(loader, steps, scheduler)
         if progress is False or (progress is None and not is_terminal()):
             return results
-        return _with_progress(results, steps if steps is not None else length_of(loader))
+        return with_progress(results, steps if steps is not None else length_of(loader))
 
     def _run(
         self, loader: Iterable[Any], steps: int | None, scheduler: torch.optim.lr_scheduler.LRScheduler | None
@@ -375,32 +370,3 @@ class Trainer:
         results = self._session.collect(number, servers)
         future.result()
         return {result.value: result.content for result in results if isinstance(result.content, torch.Tensor)}
-
-
-def _create_run(cluster: Cluster, request: coordinator_pb2.CreateRunRequest) -> coordinator_pb2.CreateRunReply:
-    stub = coordinator_stub(cluster.channel)
-    try:
-        layout: coordinator_pb2.CreateRunReply = stub.CreateRun(request, timeout=_CREATE_SECONDS)
-    except grpc.RpcError as error:
-        raise from_rpc_error(error, target=cluster.target) from None
-    return layout
-
-
-def _check_arguments(model: Any, plan: Any, seed: Any, max_grad_norm: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise ModelError("The model is not a module", expected="a torch.nn.Module", got=repr(type(model)))
-    if not isinstance(plan, Plan):
-        raise PlanError("The plan is not a plan", expected="gradwire.Plan(...)", got=repr(plan))
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise SettingsError("seed is not valid", expected="a whole number, 0 to 2**63 − 1", got=repr(seed))
-    if max_grad_norm is not None:
-        number = isinstance(max_grad_norm, int | float) and not isinstance(max_grad_norm, bool)
-        if not number or not max_grad_norm > 0:
-            raise SettingsError("max_grad_norm is not valid", expected="a number above 0", got=repr(max_grad_norm))
-
-
-def _with_progress(results: Iterator[StepResult], total: int | None) -> Iterator[StepResult]:
-    with ProgressBar(total) as bar:
-        for result in results:
-            bar.show(result, f"{result.samples_per_second:.1f} samples/s")
-            yield result

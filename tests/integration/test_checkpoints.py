@@ -37,7 +37,7 @@ class Model(nn.Module):
     def __init__(self, dropout: float = 0.3, width: int = 16) -> None:
         super().__init__()
         self.embedding = nn.Embedding(12, width)
-        self.first = nn.Linear(width, width)
+        self.first = nn.Linear(width, width, bias=False)  # before normalisation a bias has no gradient but rounding
         self.norm = nn.BatchNorm1d(width)
         self.dropout = nn.Dropout(dropout)
         self.second = nn.Linear(width, width)
