@@ -45,6 +45,7 @@ protos: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/pipeline.py --check
+	$(BIN)/python benchmarks/checkpoint.py --rounds 3 --check
 
 # Sorted, so that each script stands beside the one for a single process.
 examples: $(STAMP)
