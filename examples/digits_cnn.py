@@ -73,6 +73,7 @@ def main() -> None:
     with gradwire.local(stage_servers=2) as cluster:
         plan = gradwire.Plan(stages=2, microbatches=4)
         trainer = cluster.trainer(model, optimizer, loss=loss, example=make_batch(), plan=plan)
+        torch.manual_seed(2)  # both scripts draw the same batches
         for step in range(1, STEPS + 1):
             x, y = next(iter(loader))
             value = trainer.step(x, y).loss

@@ -108,6 +108,7 @@ def main() -> None:
     )
     with gradwire.local(stage_servers=3) as cluster:
         trainer = cluster.trainer(model, optimizer, loss=loss, example=make_batch(), plan=gradwire.Plan(stages=3))
+        torch.manual_seed(2)  # both scripts draw the same batches
         for step in range(1, STEPS + 1):
             batch = make_batch()
             value = trainer.step(**batch).loss

@@ -72,6 +72,7 @@ def main() -> None:
     print(f"held-out loss before: {held_out_loss(model, held_out):.3f} nats a byte that counts")
     with gradwire.local(stage_servers=2) as cluster:
         trainer = cluster.trainer(model, optimizer, loss=loss, example=make_batch(), plan=gradwire.Plan(stages=2))
+        torch.manual_seed(2)  # both scripts draw the same batches
         for step in range(1, STEPS + 1):
             batch = make_batch(training)
             value = trainer.step(**batch).loss
