@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         SettingsError,
         StageFailed,
         StaleGeneration,
+        Stalled,
         Unreachable,
     )
 
@@ -76,6 +77,7 @@ _HOMES = {
     "ServerBusy": "gradwire_protocol.errors",
     "SettingsError": "gradwire_protocol.errors",
     "StageFailed": "gradwire_protocol.errors",
+    "Stalled": "gradwire_protocol.errors",
     "StaleGeneration": "gradwire_protocol.errors",
     "Unreachable": "gradwire_protocol.errors",
 }
@@ -104,6 +106,7 @@ __all__ = [
     "SettingsError",
     "StageFailed",
     "StaleGeneration",
+    "Stalled",
     "StepResult",
     "TlsFiles",
     "Trainer",

@@ -10,25 +10,42 @@ from gradwire_protocol.v1 import run_pb2
 
 # The arguments of one call: in order, or by keyword.
 Batch = tuple[Any, ...] | dict[str, Any]
+_SHOWN = 8
 
 
-def split_sizes(rows: int, parts: int) -> list[int]:
+def split_sizes(rows: int, parts: int, exactly: int | None = None) -> list[int]:
     """Return the sizes that `torch.tensor_split` gives, without empty parts.
 
-    They differ by one at most, larger ones first; fewer than `parts` where there are fewer rows.
+    They differ by one at most, larger ones first; fewer than `parts` where there are fewer rows. exactly: the size that
+    each must have, so that there are as many as that makes.
     """
     if rows < 1:
         raise BatchError("A batch has no rows", expected="1 row or more in dimension 0", got=str(rows))
+    if exactly is not None:
+        return _equal_sizes(rows, parts, exactly)
     parts = min(parts, rows)
     size, larger = divmod(rows, parts)
     return [size + 1] * larger + [size] * (parts - larger)
 
 
-def micro_batches(rows: int, parts: int) -> list[run_pb2.MicroBatch]:
-    """Return the micro-batches of a batch, all for replica 0."""
+def _equal_sizes(rows: int, parts: int, exactly: int) -> list[int]:
+    if rows % exactly or rows > parts * exactly:
+        sizes = [str(exactly * count) for count in range(1, parts + 1)]
+        shown = sizes if len(sizes) <= _SHOWN else [*sizes[:2], "…", sizes[-1]]
+        raise BatchError(
+            f"The rows of a batch do not make micro-batches of exactly {exactly}",
+            expected=f"{' or '.join(shown)} rows: micro_batch_rows={exactly}, in at most {parts} micro-batches",
+            got=f"{rows} rows",
+            remedy="leave out a last batch that is smaller (drop_last=True of a DataLoader)",
+        )
+    return [exactly] * (rows // exactly)
+
+
+def micro_batches(rows: int, parts: int, exactly: int | None = None) -> list[run_pb2.MicroBatch]:
+    """Return the micro-batches of a batch, all for replica 0. exactly: the rows that each must have."""
     result: list[run_pb2.MicroBatch] = []
     first_row = 0
-    for index, size in enumerate(split_sizes(rows, parts)):
+    for index, size in enumerate(split_sizes(rows, parts, exactly)):
         result.append(run_pb2.MicroBatch(index=index, replica=0, first_row=first_row, rows=size))
         first_row += size
     return result

@@ -9,6 +9,9 @@ import grpc
 from gradwire_protocol.errors import from_rpc_error
 from gradwire_protocol.v1 import coordinator_pb2, coordinator_pb2_grpc
 
+_BEGIN_SAVE_SECONDS = 60.0
+# Every byte of a checkpoint is read in it.
+_INSPECT_SECONDS = 4 * 3600.0
 # Segments are built in it, on all servers at once; a model of a billion parameters takes some seconds.
 _CREATE_SECONDS = 300.0
 
@@ -25,3 +28,27 @@ def create_run(channel: Any, target: str, request: coordinator_pb2.CreateRunRequ
     except grpc.RpcError as error:
         raise from_rpc_error(error, target=target) from None
     return layout
+
+
+def begin_save(channel: Any, target: str, request: coordinator_pb2.BeginSaveRequest) -> coordinator_pb2.BeginSaveReply:
+    """Announce a checkpoint that servers will write; raises why it cannot be written."""
+    try:
+        reply: coordinator_pb2.BeginSaveReply = coordinator_stub(channel).BeginSave(
+            request, timeout=_BEGIN_SAVE_SECONDS
+        )
+    except grpc.RpcError as error:
+        raise from_rpc_error(error, target=target) from None
+    return reply
+
+
+def inspect_checkpoint(
+    channel: Any, target: str, request: coordinator_pb2.InspectCheckpointRequest
+) -> coordinator_pb2.InspectCheckpointReply:
+    """Have a checkpoint below the coordinator's root checked; raises what is wrong with it."""
+    try:
+        reply: coordinator_pb2.InspectCheckpointReply = coordinator_stub(channel).InspectCheckpoint(
+            request, timeout=_INSPECT_SECONDS
+        )
+    except grpc.RpcError as error:
+        raise from_rpc_error(error, target=target) from None
+    return reply

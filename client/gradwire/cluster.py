@@ -49,6 +49,10 @@ class Cluster:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if error is not None:
+            # What they have open is of no use any more: their servers are told at once.
+            for trainer in list(self._trainers):
+                trainer.__exit__(kind, error, traceback)
         self.close()
 
     @property
@@ -97,6 +101,7 @@ class Cluster:
         description: str = "",
         weights: Weights = None,
         dynamic: Dynamic | None = None,
+        micro_batch_rows: int | None = None,
     ) -> Trainer:
         """Lay a run out on the cluster, send the weights, and return its trainer.
 
@@ -116,6 +121,10 @@ class Cluster:
         sizes. For a dict example {"input_ids": {1: "length"}, "labels": {1: "length"}}; for a tuple one entry for each
         element, None where it has none: ({1: "length"}, None).
 
+        micro_batch_rows: export for micro-batches of exactly so many rows, for a model that makes a number of them.
+        Each batch must then have a multiple of these rows, up to the plan's micro-batches times as many; others are
+        refused (BatchError). An output of the model counts as one for each row if its dimension 0 has that size.
+
         Errors: ModelError, PlanError, OptimizerError, BatchError, SettingsError; DataError for weights; Unreachable,
         ServerBusy, StageFailed.
         """
@@ -134,6 +143,7 @@ class Cluster:
             description=description,
             weights=weights,
             dynamic=dynamic,
+            micro_batch_rows=micro_batch_rows,
         )
         self._trainers.add(trainer)
         return trainer

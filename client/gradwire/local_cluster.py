@@ -8,13 +8,14 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from gradwire.cluster import Cluster
+from gradwire.operator_modules import operator_flags
 from gradwire.service_process import ServiceProcess, end_all
 from gradwire_protocol.errors import SettingsError
 
@@ -38,6 +39,8 @@ class LocalProcesses:
         listen: str = "127.0.0.1:0",
         log_dir: Path | str | None = None,
         weights_root: Path | str | None = None,
+        checkpoint_root: Path | str | None = None,
+        operators: Sequence[str] = (),
     ) -> None:
         for name, value in (("stage_servers", stage_servers), ("threads", threads)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -46,9 +49,9 @@ class LocalProcesses:
         self._threads = threads
         self._listen = listen
         self._log_dir = Path(log_dir) if log_dir is not None else None
-        self._weights_root = Path(weights_root).absolute() if weights_root is not None else None
-        if self._weights_root is not None and not self._weights_root.is_dir():
-            raise SettingsError("weights_root is not valid", expected="a directory", got=str(self._weights_root))
+        self._weights_root = _directory("weights_root", weights_root)
+        self._checkpoint_root = _directory("checkpoint_root", checkpoint_root)
+        self._operators = operator_flags(operators)
         self._scratch: Path | None = None
         self._coordinator: ServiceProcess | None = None
         self._stages: list[ServiceProcess] = []
@@ -95,6 +98,7 @@ class LocalProcesses:
             str(self._scratch / "state"),
             "--metrics-listen",
             _ANY_PORT,
+            *self._checkpoint_arguments(),
         ]
         self._coordinator = ServiceProcess(
             "the coordinator", "gradwire_coordinator", arguments, self._log_dir / "coordinator.log"
@@ -108,9 +112,14 @@ class LocalProcesses:
         arguments += ["--metrics-listen", _ANY_PORT]
         if self._weights_root is not None:
             arguments += ["--weights-root", str(self._weights_root)]
+        arguments += self._checkpoint_arguments()
+        arguments += self._operators
         for index in range(len(self._stages), len(self._stages) + count):
             log = self.log_dir / f"stage-{index}.log"
             self._stages.append(ServiceProcess(f"stage server {index}", "gradwire_stage", arguments, log))
+
+    def _checkpoint_arguments(self) -> list[str]:
+        return [] if self._checkpoint_root is None else ["--checkpoint-root", str(self._checkpoint_root)]
 
     @contextmanager
     def more_stage_servers(self, count: int) -> Iterator[None]:
@@ -180,6 +189,16 @@ class LocalProcesses:
 _ANY_PORT = "127.0.0.1:0"
 
 
+def _directory(name: str, path: Path | str | None) -> Path | None:
+    """Return a setting's directory, absolute, if it is given; SettingsError if it is none."""
+    if path is None:
+        return None
+    directory = Path(path).absolute()
+    if not directory.is_dir():
+        raise SettingsError(f"{name} is not valid", expected="a directory", got=str(directory))
+    return directory
+
+
 class LocalCluster(Cluster):
     """A cluster whose processes this one started: leaving the `with` block ends every one of them."""
 
@@ -233,14 +252,24 @@ def local(
     listen: str = "127.0.0.1:0",
     log_dir: Path | str | None = None,
     weights_root: Path | str | None = None,
+    checkpoint_root: Path | str | None = None,
+    operators: Sequence[str] = (),
 ) -> LocalCluster:
     """Return a cluster on this machine, to be used in a `with` statement.
 
     stage_servers: how many; a run takes one for each stage. threads: compute threads of each. listen: HOST:PORT of the
     coordinator; port 0 is any free one. log_dir: where the processes' output goes; None: a temporary directory, kept
     only if the block ends with an error. weights_root: the directory below which the servers may read weights.
+    checkpoint_root: the directory below which they write and read checkpoints (`save(…, storage="server")`).
+    operators: modules, by name or path, that the servers import for the custom operators that they define.
     """
     processes = LocalProcesses(
-        stage_servers=stage_servers, threads=threads, listen=listen, log_dir=log_dir, weights_root=weights_root
+        stage_servers=stage_servers,
+        threads=threads,
+        listen=listen,
+        log_dir=log_dir,
+        weights_root=weights_root,
+        checkpoint_root=checkpoint_root,
+        operators=operators,
     )
     return LocalCluster(processes)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gradwire.session import Result
+from gradwire.collecting import Result
 from gradwire_protocol.errors import InternalError
 from gradwire_protocol.v1 import graph_pb2
 

@@ -7,10 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gradwire_protocol.checksums import check_available
+from gradwire_protocol.codecs import AUTO, CODEC_NAMES
 from gradwire_protocol.errors import PlanError
 from gradwire_protocol.v1 import run_pb2, tensors_pb2
 
 MAXIMUM_WINDOW = 16
+SHORTEST_STALL_SECONDS = 1.0
+SHORTEST_STEP_SECONDS = 0.001
+LONGEST_LIMIT_SECONDS = 1e6
 _SCHEDULES = ("auto", "gpipe", "1f1b")
 _TRANSPORTS = ("auto", "grpc")
 _ZERO = ("auto", "none")
@@ -26,7 +31,10 @@ class Plan:
     microbatches: parts that a batch is cut into, along dimension 0; fewer where the batch has fewer rows.
     schedule: "auto", "gpipe" or "1f1b".
     exchange: how replicas agree on gradients.
-    compression, activation_compression: codec of gradients, and of boundary values.
+    compression: codec of the gradients that replicas exchange.
+    activation_compression: codec of the values between stages and of their gradients: "none", "bf16", "fp16", "int8"
+        (blocks with a scale each), or "auto": measured on the links, and lossy only where that makes a step faster. One
+        for all boundaries, or a list with one for each, stages − 1 of them, for what the stage behind it reads.
     zero: sharding of the optimizer's state.
     recompute: run a stage's forward pass again before its backward pass, instead of keeping what that needs: for each
         micro-batch on its way a stage holds the values that it received, and no more.
@@ -35,6 +43,10 @@ class Plan:
     transport: what moves tensors between servers.
     cuts: where the stages end: stages − 1 positions in the training graph's node list, or module paths
         ("layers.4": that module's first node begins a new stage), in order. None: balanced by estimated cost.
+    stall_seconds: the run fails with Stalled when what a step waits for has made no progress for this long: a server in
+        the middle of one action, a message that does not come, this process. Longer than the longest single action.
+    step_seconds: the run fails with Stalled when a step takes longer than this. None: no limit.
+    checksums: guard all tensors on their way with CRC-32C; every process needs the extra "checksums".
     """
 
     stages: int = 1
@@ -44,13 +56,16 @@ class Plan:
     schedule: str = "auto"
     exchange: str = "ring"
     compression: str = "none"
-    activation_compression: str = "none"
+    activation_compression: str | Sequence[str] = "none"
     zero: str = "auto"
     recompute: bool = False
     virtual_stages: int = 1
     window: int = 2
     transport: str = "auto"
     cuts: Sequence[int | str] | None = None
+    stall_seconds: float = 60.0
+    step_seconds: float | None = None
+    checksums: bool = False
 
     def __post_init__(self) -> None:
         for name in ("stages", "replicas", "tensor", "microbatches", "virtual_stages"):
@@ -58,16 +73,27 @@ class Plan:
         _check_count("window", self.window, MAXIMUM_WINDOW)
         for name in ("replicas", "tensor", "virtual_stages"):
             _check_supported(name, getattr(self, name), (1,))
-        if not isinstance(self.recompute, bool):
-            raise PlanError("recompute is not valid", expected="True or False", got=repr(self.recompute))
+        for name in ("recompute", "checksums"):
+            if not isinstance(getattr(self, name), bool):
+                raise PlanError(f"{name} is not valid", expected="True or False", got=repr(getattr(self, name)))
         _check_supported("schedule", self.schedule, _SCHEDULES)
         _check_supported("exchange", self.exchange, ("ring",))
         _check_supported("compression", self.compression, ("none",))
-        _check_supported("activation_compression", self.activation_compression, ("none",))
+        codecs = _checked_codecs(self.activation_compression, self.stages)
+        object.__setattr__(self, "activation_compression", codecs)
         _check_supported("zero", self.zero, _ZERO)
         _check_supported("transport", self.transport, _TRANSPORTS)
+        _check_seconds("stall_seconds", self.stall_seconds, SHORTEST_STALL_SECONDS)
+        if self.step_seconds is not None:
+            _check_seconds("step_seconds", self.step_seconds, SHORTEST_STEP_SECONDS)
         if self.cuts is not None:
             object.__setattr__(self, "cuts", _checked_cuts(self.cuts, self.stages))
+
+    @property
+    def activation_codecs(self) -> tuple[str, ...]:
+        """The codecs of the boundaries, or the one of all of them."""
+        codecs = self.activation_compression
+        return (codecs,) if isinstance(codecs, str) else tuple(codecs)
 
     def to_proto(
         self,
@@ -76,11 +102,13 @@ class Plan:
         cut_before: Callable[[str], int],
         precision: tensors_pb2.DataType = tensors_pb2.DATA_TYPE_UNSPECIFIED,
     ) -> run_pb2.Plan:
-        """Return the message for the coordinator.
+        """Return the message for the coordinator; SettingsError if this process lacks what the plan needs.
 
         rows: of the example batch. cut_before: gives the node position at which a module begins. precision: the type
         that autocast takes.
         """
+        if self.checksums:
+            check_available("This process")
         positions = [cut if isinstance(cut, int) else cut_before(cut) for cut in self.cuts or ()]
         for earlier, later in itertools.pairwise(positions):
             if later <= earlier:
@@ -101,6 +129,10 @@ class Plan:
             expected_rows=rows,
             recompute=self.recompute,
             precision=precision,
+            activation_compression=self.activation_codecs,
+            stall_seconds=self.stall_seconds,
+            step_seconds=self.step_seconds or 0.0,
+            checksums=self.checksums,
         )
 
 
@@ -108,6 +140,14 @@ def _check_count(name: str, value: Any, maximum: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (maximum is not None and value > maximum):
         limit = "1 or more" if maximum is None else f"1 to {maximum}"
         raise PlanError(f"{name} is not valid", expected=f"a whole number, {limit}", got=repr(value))
+
+
+def _check_seconds(name: str, value: Any, shortest: float) -> None:
+    valid = isinstance(value, int | float) and not isinstance(value, bool)
+    # Written so that it refuses NaN, too.
+    if not valid or not shortest <= value <= LONGEST_LIMIT_SECONDS:
+        limit = f"a number of seconds, {shortest:g} to {LONGEST_LIMIT_SECONDS:g}"
+        raise PlanError(f"{name} is not valid", expected=limit, got=repr(value))
 
 
 def _check_supported(name: str, value: Any, supported: tuple[Any, ...]) -> None:
@@ -118,6 +158,20 @@ def _check_supported(name: str, value: Any, supported: tuple[Any, ...]) -> None:
             got=repr(value),
             remedy=f"leave {name} out, or set it to {supported[0]!r}",
         )
+
+
+def _checked_codecs(codecs: Any, stages: int) -> str | tuple[str, ...]:
+    """Return one codec for all boundaries, or one for each."""
+    several = not isinstance(codecs, str) and isinstance(codecs, Sequence)
+    if several and len(codecs) != stages - 1:
+        raise PlanError(
+            "The number of codecs in activation_compression does not fit the number of stages",
+            expected=f"one name, or {stages - 1} for the boundaries of {stages} stages",
+            got=f"{len(codecs)}: {list(codecs)}",
+        )
+    for codec in codecs if several else (codecs,):
+        _check_supported("activation_compression", codec, (*CODEC_NAMES, AUTO))
+    return tuple(codecs) if several else str(codecs)
 
 
 def _checked_cuts(cuts: Any, stages: int) -> tuple[int | str, ...]:

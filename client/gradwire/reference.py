@@ -15,11 +15,14 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from gradwire.batches import split_sizes
+from gradwire.draws import SeededDraws
 from gradwire.graph import ExportedModel
+from gradwire.graph.capture import set_mode
 from gradwire.graph.precision import autocast
 from gradwire.graph.wrapper import Wrapper
-from gradwire_protocol.errors import ModelError
 from gradwire_protocol.v1 import graph_pb2
+
+_STEP = 1  # of a run, as its servers count
 
 
 def reference_step(
@@ -32,34 +35,33 @@ def reference_step(
     micro_batches: int,
     max_grad_norm: float | None,
     precision: torch.dtype | None = None,
+    seed: int = 0,
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """Take one step; return the loss, and by name the gradients that the optimizer saw.
+    """Take a run's first step; return the loss, and by name the gradients that the optimizer saw.
 
-    exported: the model as data, which says what of the batch is split, and what the loss means. ModelError if the model
-    draws random numbers. precision: run model and loss under autocast to this type, the backward pass outside of it.
+    exported: the model as data, which says what of the batch is split, what the loss means, and what draws random
+    numbers. precision: run model and loss under autocast to this type, the backward pass outside of it. seed: of the
+    run. ModelError if random numbers are drawn that the graph does not draw. The random state stays as it is.
     """
-    model.train()
     module = Wrapper(model, loss, exported.batch, with_loss=True, with_output=False)
+    set_mode(module, training=True)
     weighted_mean = exported.proto.loss_form == graph_pb2.LOSS_FORM_SUM_AND_WEIGHT
     total = total_weight = 0.0
-    random_state = torch.get_rng_state()
-    for rows, tensors in _micro_batches(exported, batch, micro_batches):
-        with _CrossEntropyWeight() as seen, autocast(precision, model):
-            parts = module(*tensors)
-        if module.outputs.loss == 2:
-            weighted, weight = parts[0], float(parts[1])
-        else:
-            weight = seen.weight if weighted_mean else float(rows)
-            weighted = parts[0] * weight
-        weighted.backward()
-        total += weighted.item()
-        total_weight += weight
-    if not torch.equal(torch.get_rng_state(), random_state):
-        raise ModelError(
-            "The model draws random numbers in training: eager mode cannot repeat the cluster's step",
-            expected="a model without dropout and the like",
-            remedy="set dropout to 0 for the comparison",
-        )
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for number, (rows, tensors) in enumerate(_micro_batches(exported, batch, micro_batches)):
+            with SeededDraws(exported.draws, device, seed=seed, step=_STEP, micro_batch=number) as random:
+                with _CrossEntropyWeight() as seen, autocast(precision, model):
+                    parts = module(*tensors)
+                if module.outputs.loss == 2:
+                    weighted, weight = parts[0], float(parts[1])
+                else:
+                    weight = seen.weight if weighted_mean else float(rows)
+                    weighted = parts[0] * weight
+                weighted.backward()
+            random.check_complete()
+            total += weighted.item()
+            total_weight += weight
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     for gradient in gradients.values():
         gradient.div_(total_weight)
@@ -75,7 +77,7 @@ def _micro_batches(
     """Yield the rows of each micro-batch, and the tensors of the batch in the order of the graph's inputs."""
     flat = exported.flatten_batch(batch, graph_pb2.GRAPH_KIND_TRAIN)
     first = 0
-    for rows in split_sizes(flat.rows, micro_batches):
+    for rows in split_sizes(flat.rows, micro_batches, exported.batch.micro_batch_rows):
         part = slice(first, first + rows)
         first += rows
         whole = ((leaf.value, flat.values[leaf.value]) for leaf in exported.batch.tensors)

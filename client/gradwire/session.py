@@ -7,40 +7,24 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future
 from typing import Any
 
-import grpc
 import torch
 
-from gradwire.drive import Drive
+from gradwire.collecting import Collector, Result, Value, peer_name, verdict
+from gradwire.drive import SILENCE_SECONDS, Drive
 from gradwire_protocol.delivery import FrameSender, Payload
-from gradwire_protocol.errors import GradwireError, ModelError, from_rpc_error
-from gradwire_protocol.frames import FrameAssembler, Message
-from gradwire_protocol.torch_tensors import dense, payload_of, tensor_from, tensor_info
-from gradwire_protocol.v1 import coordinator_pb2, graph_pb2, run_pb2, stage_pb2
+from gradwire_protocol.errors import GradwireError, ModelError
+from gradwire_protocol.torch_tensors import dense, payload_of, tensor_info
+from gradwire_protocol.v1 import coordinator_pb2, graph_pb2, run_pb2
 from gradwire_protocol.v1 import tensors_pb2 as tensors_pb
 
-Value = torch.Tensor | int | float | bool
-
-_COLLECT = "/gradwire_protocol.v1.StageService/Collect"
-# A broken link to a server mostly means that the server is gone; the coordinator then says so, and says more.
-_VERDICT_SECONDS = 15.0
 _CLOSE_SECONDS = 10.0
+# How long the coordinator may take to have told all servers of the end.
+_ABORT_SECONDS = 5.0
 # How much of the state may be on its way to the servers before more of it is read.
 _STREAM_BYTES = 64 * 2**20
-
-
-@dataclass(frozen=True)
-class Result:
-    """One collected value."""
-
-    value: str
-    micro_batch: int
-    content: Value | None
-    # Name of the optimizer's state, where it is a value of that.
-    state: str = ""
 
 
 class Session:
@@ -54,21 +38,42 @@ class Session:
         target: str,
         open_channel: Callable[[str], Any],
         window: int,
+        stall_seconds: float,
+        checksums: bool = False,
     ) -> None:
+        """stall_seconds: how long a server may send nothing of results that are all there."""
         self._layout = layout
         self._closed = False
-        self._drive = Drive(channel, layout.run, layout.generation, window, target)
+        # Its channel, and how errors name it.
+        self.coordinator = (channel, target)
         self._channels: dict[str, Any] = {}
         self._senders: dict[str, FrameSender] = {}
+        self._drive = Drive(
+            channel,
+            layout.run,
+            layout.generation,
+            window,
+            target,
+            silence_seconds=SILENCE_SECONDS,
+            on_failure=self._break_off,
+        )
+        self._collector = Collector(
+            layout, self._drive, self._channels, stall_seconds=stall_seconds, checksums=checksums
+        )
         try:
             for server in layout.servers:
                 self._channels[server.server] = open_channel(server.address)
                 self._senders[server.server] = FrameSender(
-                    self._channels[server.server], _peer(server), on_failure=self._sender_failed
+                    self._channels[server.server],
+                    peer_name(server),
+                    checksums=checksums,
+                    on_failure=self._sender_failed,
                 )
         except BaseException:
             self.close()
             raise
+        if self._drive.failure is not None:
+            self._break_off()  # it came before there was anything to break off
 
     @property
     def servers(self) -> Sequence[coordinator_pb2.ServerLayout]:
@@ -80,6 +85,25 @@ class Session:
 
     def submit(self, entry: run_pb2.Entry) -> Future[run_pb2.EntryResult]:
         return self._drive.submit(entry)
+
+    @property
+    def run(self) -> str:
+        """The run's identifier."""
+        return self._layout.run
+
+    @property
+    def first_server(self) -> coordinator_pb2.ServerLayout:
+        """The server of stage 0, which passes on what no server holds."""
+        return next(server for server in self.servers if 0 in server.stages)
+
+    def submit_save(self, entry: run_pb2.Entry) -> tuple[Future[run_pb2.EntryResult], Future[run_pb2.SaveOutcome]]:
+        """Submit a SaveState entry; the second future tells how the writing ends."""
+        return self._drive.submit_save(entry)
+
+    def deliver_kept(self, entry: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Deliver what no server holds to the first server, for a SaveState entry that is submitted."""
+        for name, tensor in tensors.items():
+            self._send(self.first_server, self._key(entry, 0, name, tensors_pb.DIRECTION_STATE), tensor)
 
     def stream_state(self, entry: int, names: Iterable[str], read: Callable[[str], torch.Tensor]) -> None:
         """Deliver tensors one after the other, each to every server that holds it, for an entry that is submitted.
@@ -126,7 +150,11 @@ class Session:
         batched: Iterable[str],
         micro_batches: Sequence[run_pb2.MicroBatch],
     ) -> None:
-        """Deliver the rows of each micro-batch to the servers whose segments read them."""
+        """Deliver the rows of each micro-batch to the servers whose segments read them.
+
+        Does not wait: what servers do not take yet stays here, as parts of one copy of the batch, and the window bounds
+        how many there are. If it waited, for a server that waits for its results to be collected, nobody would.
+        """
         batched = frozenset(batched)
         readers = [(server, use.values) for server in self.servers for use in server.inputs if use.graph == graph]
         needed = {name for _, names in readers for name in names}
@@ -146,7 +174,7 @@ class Session:
     def collect(self, entry: int, servers: Sequence[coordinator_pb2.ServerLayout]) -> list[Result]:
         """Return all results that these servers have for an entry, when it is done everywhere."""
         parts: list[list[Result]] = [[] for _ in servers]
-        self._collect(entry, servers, [part.append for part in parts])
+        self._collector.collect(entry, servers, [part.append for part in parts])
         return [result for part in parts for result in part]
 
     def collect_each(self, entry: int, take: Callable[[Result], None]) -> None:
@@ -155,29 +183,21 @@ class Session:
         May run on a thread beside the others of the session.
         """
         servers = [server for server in self.servers if server.owned_tensors]
-        self._collect(entry, servers, [take] * len(servers))
+        self._collector.collect(entry, servers, [take] * len(servers))
 
-    def _collect(
-        self,
-        entry: int,
-        servers: Sequence[coordinator_pb2.ServerLayout],
-        takes: Sequence[Callable[[Result], None]],
-    ) -> None:
-        request = stage_pb2.CollectRequest(run=self._layout.run, generation=self._layout.generation, entry=entry)
-        calls = [self._collect_call(server)(request) for server in servers]
-        # At the same time: a server whose results nobody takes can hold the others up.
-        with ThreadPoolExecutor(max(1, len(calls)), thread_name_prefix="collect") as pool:
-            try:
-                list(pool.map(self._read_results, servers, calls, takes))
-            except BaseException:
-                for call in calls:
-                    call.cancel()
-                raise
+    def abort(self) -> None:
+        """End the run at once, whatever it is doing, and close all connections. Idempotent."""
+        self._closed = True
+        self._drive.abort(_ABORT_SECONDS)
+        self._disconnect()
 
     def close(self) -> None:
-        """End the run and close all connections. Idempotent."""
+        """End the run when what is open is done, and close all connections. Idempotent."""
         self._closed = True
         self._drive.close(_CLOSE_SECONDS)
+        self._disconnect()
+
+    def _disconnect(self) -> None:
         for sender in self._senders.values():
             sender.cancel()
         for channel in self._channels.values():
@@ -208,21 +228,11 @@ class Session:
             except GradwireError as error:
                 raise self._verdict(error) from None
 
-    def _collect_call(self, server: coordinator_pb2.ServerLayout) -> Any:
-        return self._channels[server.server].unary_stream(
-            _COLLECT, request_serializer=stage_pb2.CollectRequest.SerializeToString, response_deserializer=None
-        )
-
-    def _read_results(self, server: coordinator_pb2.ServerLayout, call: Any, take: Callable[[Result], None]) -> None:
-        assembler = FrameAssembler()
-        try:
-            for frame in call:
-                message = assembler.feed(frame)
-                if message is not None:
-                    key = message.header.key
-                    take(Result(key.value, key.micro_batch, _content(message), key.state))
-        except grpc.RpcError as error:
-            raise self._verdict(from_rpc_error(error, target=_peer(server))) from None
+    def _break_off(self) -> None:
+        """The run has failed: end every wait for a server. Any thread."""
+        for sender in list(self._senders.values()):
+            sender.cancel()
+        self._collector.break_off()
 
     def _sender_failed(self, error: GradwireError) -> None:
         """Called on a sender's thread: the run cannot go on, but leave the coordinator time to say why."""
@@ -235,13 +245,7 @@ class Session:
         threading.Thread(target=end_run, name="verdict", daemon=True).start()
 
     def _verdict(self, error: GradwireError) -> GradwireError:
-        """Return the run's one failure: the coordinator's, if it gives one in time, else `error`."""
-        return self._drive.wait_failure(_VERDICT_SECONDS) or error
-
-
-def _peer(server: coordinator_pb2.ServerLayout) -> str:
-    stages = ", ".join(map(str, server.stages))
-    return f"stage {stages} on {server.server} at {server.address}"
+        return verdict(self._drive, error)
 
 
 def _copied(value: Value) -> Value:
@@ -265,14 +269,3 @@ def _message(key: tensors_pb.MessageKey, value: Value) -> tuple[tensors_pb.Tenso
     tensor = dense(value.detach())
     header = tensors_pb.TensorHeader(key=key, tensor=tensor_info(tensor))
     return header, lambda: payload_of(tensor.cpu())
-
-
-def _content(message: Message) -> Value | None:
-    """Return what a message carries, as the user's own: a copy that may be written to."""
-    kind = message.header.WhichOneof("value")
-    if kind == "tensor":
-        return tensor_from(message).clone()
-    if kind == "absent":
-        return None
-    content: Value = getattr(message.header, str(kind))
-    return content

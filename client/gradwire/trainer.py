@@ -1,6 +1,7 @@
-"""The trainer: what a training loop calls. Turns batches into entries of the run's log, and results into values.
+"""The trainer: what a training loop calls. Turns its calls into entries of the run's log, and results into values.
 
-Leaves connections to session.py, the graph to gradwire.graph, and the optimizer's reading to optimizers.py.
+Leaves connections to session.py, batches to dispatch.py, the graph to gradwire.graph, and the optimizer's reading to
+optimizers.py.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ import torch
 from torch import nn
 
 from gradwire.arguments import check_trainer_arguments
-from gradwire.batches import Batch, as_arguments, batches_of, length_of, micro_batches
+from gradwire.batches import Batch, as_arguments, batches_of, length_of
 from gradwire.calls import create_run
 from gradwire.checkpoint.background import Save
-from gradwire.checkpoint.run import RunCheckpoints
-from gradwire.graph import ExportedModel, FlatBatch, export_model
+from gradwire.checkpoint.run import RunCheckpoints, Storage
+from gradwire.dispatch import Dispatched, Dispatcher, evaluate, predict
+from gradwire.graph import ExportedModel, export_model
 from gradwire.graph.dynamic import Dynamic
 from gradwire.graph.precision import precision_type
 from gradwire.optimizers import OptimizerReader
-from gradwire.outputs import join_outputs
 from gradwire.plan import Plan
 from gradwire.progress import is_terminal, with_progress
 from gradwire.results import StepResult, step_result
@@ -35,12 +36,7 @@ from gradwire.session import Session
 from gradwire.state import StateNames
 from gradwire.verification import Verification, verify
 from gradwire.weights import Weights, WeightSource
-from gradwire_protocol.errors import (
-    DataError,
-    ModelError,
-    OptimizerError,
-    SettingsError,
-)
+from gradwire_protocol.errors import ModelError, OptimizerError, SettingsError
 from gradwire_protocol.torch_tensors import DATA_TYPES
 from gradwire_protocol.v1 import coordinator_pb2, graph_pb2, run_pb2, tensors_pb2
 
@@ -53,11 +49,10 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class _OpenStep:
     step: int
-    rows: int
-    future: Future[run_pb2.EntryResult]
+    sent: Dispatched
 
     def wait(self) -> StepResult:
-        return step_result(self.step, self.rows, self.future.result())
+        return step_result(self.step, self.sent.rows, self.sent.future.result())
 
 
 class Trainer:
@@ -82,8 +77,9 @@ class Trainer:
         description: str,
         weights: Weights = None,
         dynamic: Dynamic | None = None,
+        micro_batch_rows: int | None = None,
     ) -> None:
-        check_trainer_arguments(model, plan, seed, max_grad_norm)
+        check_trainer_arguments(model, plan, seed, max_grad_norm, micro_batch_rows)
         data_type = precision_type(precision, model)
         batch = as_arguments(example)
         self._cluster = cluster
@@ -92,14 +88,18 @@ class Trainer:
         self._plan = plan
         self._max_grad_norm = max_grad_norm
         self._precision = precision
+        self._seed = seed
         self._step = 0
-        self._last_entry = 0
-        self._exported = export_model(model, loss, batch, dynamic=dynamic, precision=data_type)
+        self._exported = export_model(
+            model, loss, batch, dynamic=dynamic, precision=data_type, micro_batch_rows=micro_batch_rows
+        )
         self._proto = self._exported.proto
         tensors = dict(self._exported.tensors)
         source = WeightSource(weights, model, self._proto, tensors)
         self._optimizer = OptimizerReader(optimizer, model, tensors)
         rows = self._exported.flatten_batch(batch, graph_pb2.GRAPH_KIND_TRAIN).rows
+        if micro_batch_rows is not None:
+            rows = micro_batch_rows * plan.microbatches
         request = coordinator_pb2.CreateRunRequest(
             model=self._proto,
             plan=plan.to_proto(
@@ -120,7 +120,10 @@ class Trainer:
             target=cluster.target,
             open_channel=cluster.open_channel,
             window=plan.window,
+            stall_seconds=plan.stall_seconds,
+            checksums=plan.checksums,
         )
+        self._dispatcher = Dispatcher(self._session, self._exported, plan.microbatches)
         self._checkpoints = RunCheckpoints(
             self._session,
             self._names,
@@ -145,7 +148,7 @@ class Trainer:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is not None:
-            self._session.close()  # a checkpoint on its way is given up
+            self._session.abort()  # a checkpoint on its way is given up
         self.close()
 
     @property
@@ -162,6 +165,11 @@ class Trainer:
     def plan(self) -> coordinator_pb2.PlanSummary:
         """The plan as it is carried out: schedule, and each stage's nodes, modules, parameters and estimates."""
         return self._layout.plan
+
+    @property
+    def servers(self) -> tuple[str, ...]:
+        """The names of the stage servers that carry the run out."""
+        return tuple(server.server for server in self._layout.servers)
 
     @property
     def exported(self) -> ExportedModel:
@@ -213,22 +221,7 @@ class Trainer:
 
     def evaluate(self, loader: Iterable[Any]) -> float:
         """Return the mean loss over all samples of the loader's batches, in evaluation mode; changes nothing."""
-        in_flight: deque[Future[run_pb2.EntryResult]] = deque()
-        total = weight = 0.0
-        for batch in batches_of(loader, None):
-            flat = self._flatten(as_arguments(batch), graph_pb2.GRAPH_KIND_EVALUATE)
-            if len(in_flight) == self._plan.window:
-                result = in_flight.popleft().result()
-                total, weight = total + result.loss * result.weight, weight + result.weight
-            parts = micro_batches(flat.rows, self._plan.microbatches)
-            entry = run_pb2.Entry(evaluate=run_pb2.Evaluate(micro_batches=parts))
-            in_flight.append(self._dispatch(entry, flat, graph_pb2.GRAPH_KIND_EVALUATE, parts)[1])
-        for future in in_flight:
-            result = future.result()
-            total, weight = total + result.loss * result.weight, weight + result.weight
-        if weight == 0:
-            raise DataError("There is nothing to evaluate", expected="batches whose loss has a weight above 0", got="0")
-        return total / weight
+        return evaluate(self._dispatcher, batches_of(loader, None), self._plan.window)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the model's output for one batch without targets, in evaluation mode, with the current weights."""
@@ -237,14 +230,7 @@ class Trainer:
                 "The model has no output to predict: its output is the loss",
                 remedy="give the loss apart from the model: loss=(output, target) -> scalar",
             )
-        flat = self._flatten(args or kwargs, graph_pb2.GRAPH_KIND_PREDICT)
-        parts = micro_batches(flat.rows, self._plan.microbatches)
-        entry = run_pb2.Entry(predict=run_pb2.Predict(micro_batches=parts))
-        number, future = self._dispatch(entry, flat, graph_pb2.GRAPH_KIND_PREDICT, parts)
-        servers = [server for server in self._layout.servers if server.results]
-        results = self._session.collect(number, servers)
-        future.result()
-        return self._exported.unflatten_output(join_outputs(self._proto.predict.outputs, results, len(parts)))
+        return predict(self._dispatcher, self._session, self._exported, self._layout.servers, args or kwargs)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the current weights on the CPU under exactly the keys of `model.state_dict()`.
@@ -261,7 +247,7 @@ class Trainer:
         Parameters that the loss does not depend on are missing. Tied parameters stand under their first name.
         """
         step = self._dispatch_step(args or kwargs, return_gradients=True)
-        gradients = self._collect_tensors(self._last_entry, step.future)
+        gradients = self._collect_tensors(step.sent.number, step.sent.future)
         return step.wait(), gradients
 
     def verify(self, batch: Any, *, double: bool = True) -> Verification:
@@ -272,8 +258,9 @@ class Trainer:
         free. Both sides begin with an optimizer without state, of this run's class and present hyperparameters.
 
         batch: as a loader gives it. double: compare in float64, which judges the updated weights too. PlanError if
-        there are too few free servers; ModelError if the model draws random numbers in training (dropout), or if the
-        user has let go of it; OptimizerError if the user has let go of the optimizer.
+        there are too few free servers; ModelError if the user has let go of the model, or if it draws random numbers
+        in a way that one process cannot follow, or on another kind of device than the servers do; OptimizerError if
+        the user has let go of the optimizer.
         """
         model = self._model()
         if model is None:
@@ -290,8 +277,7 @@ class Trainer:
             )
         present = copy.deepcopy(model)
         present.load_state_dict(self.state_dict())
-        servers = [server.server for server in self._layout.servers]
-        with self._cluster.spare_servers(len(servers), busy=servers):
+        with self._cluster.spare_servers(len(self.servers), busy=self.servers):
             return verify(
                 self._cluster,
                 present,
@@ -302,33 +288,42 @@ class Trainer:
                 max_grad_norm=self._max_grad_norm,
                 double=double,
                 precision=self._precision,
+                seed=self._seed,
+                micro_batch_rows=self._exported.batch.micro_batch_rows,
             )
 
     def save(
-        self, path: str | os.PathLike[str], *, data_position: Mapping[str, Any] | None = None, wait: bool = True
+        self,
+        path: str | os.PathLike[str],
+        *,
+        data_position: Mapping[str, Any] | None = None,
+        wait: bool = True,
+        storage: Storage = "client",
     ) -> Save:
         """Write a checkpoint to a directory: weights, buffers, the optimizer's state and settings, the step, the seed.
 
         It has the state after the last dispatched step, and takes the place of a checkpoint that is there, whole or not
         at all. data_position: what `load` shall give back, such as where the loader was; must have a form in JSON.
         wait: until it is on disk; otherwise it is written while training goes on, and a failure is raised by the
-        result's `wait`, or else reported as a CheckpointWarning by one of the next calls.
-        CheckpointError for what cannot be written.
+        result's `wait`, or else reported as a CheckpointWarning by one of the next calls. storage: "client": this
+        process writes it; "server": the stage servers do, each its part, to a path below their --checkpoint-root.
+        CheckpointError for what cannot be written; SettingsError if servers cannot write there.
         """
-        save = self._checkpoints.save(Path(path), self._step, data_position)
+        save = self._checkpoints.save(Path(path), self._step, data_position, storage)
         if wait:
             save.wait()
         return save
 
-    def load(self, path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    def load(self, path: str | os.PathLike[str], *, storage: Storage = "client") -> dict[str, Any] | None:
         """Continue from a checkpoint, as the run that saved it would have; return its data_position.
 
         Steps are numbered on from its step. The hyperparameters of the optimizer's groups, the user's own optimizer's
         too, are set to what they were; schedulers are the user's to restore (scheduler.load_state_dict). Plan, servers
         and window may be others. CheckpointError, before anything has changed, if a file is not whole, or if model,
-        optimizer or seed are not those of the checkpoint.
+        optimizer or seed are not those of the checkpoint. storage: "server": the path is one below the servers'
+        --checkpoint-root, and they read it, whoever wrote it.
         """
-        manifest = self._checkpoints.load(Path(path))
+        manifest = self._checkpoints.load(Path(path), storage)
         self._step = manifest.step
         return manifest.data_position
 
@@ -340,30 +335,21 @@ class Trainer:
 
     def _dispatch_step(self, batch: Batch, *, return_gradients: bool = False) -> _OpenStep:
         self._checkpoints.report()
-        flat = self._flatten(batch, graph_pb2.GRAPH_KIND_TRAIN)
-        parts = micro_batches(flat.rows, self._plan.microbatches)
-        train_step = run_pb2.TrainStep(
-            step=self._step + 1,
-            micro_batches=parts,
-            hyperparameters=self._optimizer.hyperparameters(),
-            max_gradient_norm=self._max_grad_norm,
-            return_gradients=return_gradients,
-        )
-        entry = run_pb2.Entry(train_step=train_step)
-        self._last_entry, future = self._dispatch(entry, flat, graph_pb2.GRAPH_KIND_TRAIN, parts)
+
+        def entry(parts: list[run_pb2.MicroBatch]) -> run_pb2.Entry:
+            train_step = run_pb2.TrainStep(
+                step=self._step + 1,
+                micro_batches=parts,
+                hyperparameters=self._optimizer.hyperparameters(),
+                max_gradient_norm=self._max_grad_norm,
+                return_gradients=return_gradients,
+            )
+            return run_pb2.Entry(train_step=train_step)
+
+        sent = self._dispatcher.send(batch, graph_pb2.GRAPH_KIND_TRAIN, entry)
         self._step += 1
         self._optimizer.mark_dispatched()
-        return _OpenStep(self._step, flat.rows, future)
-
-    def _dispatch(
-        self, entry: run_pb2.Entry, flat: FlatBatch, graph: graph_pb2.GraphKind, parts: list[run_pb2.MicroBatch]
-    ) -> tuple[int, Future[run_pb2.EntryResult]]:
-        entry.number = self._session.reserve()
-        self._session.send_batch(entry.number, graph, flat.values, flat.batched, parts)
-        return entry.number, self._session.submit(entry)
-
-    def _flatten(self, batch: Batch, graph: graph_pb2.GraphKind) -> FlatBatch:
-        return self._exported.flatten_batch(batch, graph)
+        return _OpenStep(self._step, sent)
 
     def _collect_tensors(self, number: int, future: Future[run_pb2.EntryResult]) -> dict[str, torch.Tensor]:
         servers = [server for server in self._layout.servers if server.owned_tensors]

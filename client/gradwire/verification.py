@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,8 @@ from torch.utils import _pytree as pytree
 from gradwire.batches import Batch, as_arguments
 from gradwire.graph.precision import precision_type
 from gradwire.reference import reference_step
-from gradwire_protocol.errors import ModelError
+from gradwire_protocol.codecs import AUTO
+from gradwire_protocol.errors import ModelError, PlanError
 
 if TYPE_CHECKING:
     from gradwire.cluster import Cluster
@@ -118,16 +119,21 @@ def verify(
     max_grad_norm: float | None = None,
     double: bool = False,
     precision: str | None = None,
+    seed: int = 0,
+    micro_batch_rows: int | None = None,
 ) -> Verification:
     """Train one step on the cluster and one here, from the same weights on the same batch, and compare.
 
     make_optimizer: called with each side's copy of the model, of which each has its own. The model itself is not
     changed; its parameters are float64 or float32. batch: as a loader gives it. double: compare copies of model and
     batch in float64, which judges the updated weights too. precision: as of a trainer, on both sides; without effect
-    in float64, which autocast leaves as it is. The cluster needs free servers for the plan.
+    in float64, which autocast leaves as it is. seed: of dropout and the like, on both sides. micro_batch_rows: as of
+    a trainer. The cluster needs free servers for the plan.
 
-    ModelError if the model draws random numbers in training (dropout): eager mode draws others than the cluster.
+    ModelError if the model draws random numbers in a way that one process cannot follow, or on another kind of device
+    than the servers do.
     """
+    _check_codecs(plan)
     distributed, eager = copy.deepcopy(model), copy.deepcopy(model)
     batch = as_arguments(batch)
     if double:
@@ -143,10 +149,14 @@ def verify(
         loss=loss,
         example=batch,
         plan=plan,
+        seed=seed,
         max_grad_norm=max_grad_norm,
         precision=precision,
+        micro_batch_rows=micro_batch_rows,
         description="verification",
     ) as trainer:
+        if trainer.exported.draws:
+            _check_devices(cluster, trainer.servers, eager)
         result, gradients = trainer.step_with_gradients(*_positional(batch), **_keywords(batch))
         weights, exported = trainer.state_dict(), trainer.exported
     reference_loss, reference_gradients = reference_step(
@@ -158,6 +168,7 @@ def verify(
         micro_batches=plan.microbatches,
         max_grad_norm=max_grad_norm,
         precision=autocast_type,
+        seed=seed,
     )
     tolerance = _TOLERANCES[data_type if autocast_type is None else autocast_type]
     return Verification(
@@ -222,6 +233,32 @@ def _rounding_floor(
         ),
         default=0.0,
     )
+
+
+def _check_codecs(plan: Plan) -> None:
+    """PlanError if values lose precision on their way: then one process is no reference for equality."""
+    codecs = plan.activation_codecs
+    if set(codecs) - {"none"}:
+        raise PlanError(
+            "The plan's codecs change values on their way between stages, so that no cluster equals one process",
+            expected='activation_compression="none"',
+            got=", ".join(codecs) + (", which can choose a lossy one" if AUTO in codecs else ""),
+            remedy='call gradwire.verify with dataclasses.replace(plan, activation_compression="none"): it judges '
+            "all but the codecs, whose errors are bounded element by element",
+        )
+
+
+def _check_devices(cluster: Cluster, names: Collection[str], model: nn.Module) -> None:
+    """ModelError if the run's servers have devices of another kind than the model, whose generators draw otherwise."""
+    kinds = {server.device.kind for server in cluster.status().servers if server.server in names}
+    here = {parameter.device.type for parameter in model.parameters()}
+    if kinds != here:
+        raise ModelError(
+            "The model draws random numbers on another kind of device than the servers do",
+            expected=f"parameters on {', '.join(sorted(kinds))}",
+            got=", ".join(sorted(here)),
+            remedy="move a copy of the model there for the comparison, or set dropout to 0",
+        )
 
 
 def _name(data_type: torch.dtype) -> str:

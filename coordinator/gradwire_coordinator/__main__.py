@@ -46,6 +46,7 @@ def serve(settings: CoordinatorSettings, ready_fd: int | None = None) -> None:
             metrics=Metrics(service.registry, version("gradwire")),
             connect=lambda address: open_channel(address, settings.tls, insecure=settings.insecure),
             version=version("gradwire"),
+            checkpoint_root=settings.checkpoint_root,
         )
         stack.callback(coordinator.close)
         coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(coordinator, service.server)  # type: ignore[no-untyped-call]
@@ -60,6 +61,9 @@ def command(
     advertise: Annotated[str | None, typer.Option(help="HOST:PORT that others dial.")] = None,
     metrics_listen: Annotated[str | None, typer.Option(help="HOST:PORT of /metrics; empty: none.")] = None,
     state_dir: Annotated[Path | None, typer.Option(help="Directory of the run log.")] = None,
+    checkpoint_root: Annotated[
+        Path | None, typer.Option(help="Directory of checkpoints that servers write and read; one for all services.")
+    ] = None,
     lease_seconds: Annotated[float | None, typer.Option(help="A server this long silent is taken for lost.")] = None,
     heartbeat_seconds: Annotated[float | None, typer.Option(help="How often servers report.")] = None,
     tls_authority: Annotated[Path | None, typer.Option(help="PEM file of the authority that both sides trust.")] = None,
@@ -81,6 +85,7 @@ def command(
         "advertise": advertise,
         "metrics_listen": metrics_listen,
         "state_dir": state_dir,
+        "checkpoint_root": checkpoint_root,
         "lease_seconds": lease_seconds,
         "heartbeat_seconds": heartbeat_seconds,
         "tls_authority": tls_authority,

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from gradwire_protocol.checkpoint.requests import check_save, check_stored
 from gradwire_protocol.errors import (
-    CheckpointError,
     FrameError,
     LimitExceeded,
     ModelError,
@@ -89,15 +89,16 @@ class EntryRules:
                 )
             self._check_micro_batches(entry.predict.micro_batches)
         elif kind == "save_state":
-            raise CheckpointError(
-                "Stage servers of this version write no checkpoints",
-                remedy="let the client collect the state and write it: trainer.save(path)",
-            )
+            check_save(entry.save_state)
         elif kind is None:
             raise FrameError("An entry of no known kind", got=f"entry {entry.number}")
 
     def _check_load(self, load: run_pb2.LoadState) -> None:
         _check_weights(load)
+        if load.HasField("checkpoint"):
+            check_stored(load.checkpoint)
+            if load.weights_directory:
+                raise FrameError("LoadState names weights and a checkpoint", expected="one of both")
         names = [(item.parameter, item.state) for item in load.optimizer_state]
         most = _MAXIMUM_STATES * len(self._trained)
         if len(names) > most:

@@ -9,10 +9,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import grpc
-from grpc_status import rpc_status
 
 from gradwire_protocol.errors import (
     Aborted,
@@ -22,6 +20,7 @@ from gradwire_protocol.errors import (
     StaleGeneration,
     Unreachable,
     from_rpc_error,
+    status_of,
 )
 
 # How long a failure that may be a consequence waits for its cause.
@@ -128,10 +127,6 @@ class CauseFinder:
 
 def reported_error(error: grpc.RpcError, target: str) -> GradwireError | None:
     """Return the error that a server sent as the end of a call; None if the call broke without one."""
-    if isinstance(error, grpc.Call) and _has_status(error):
+    if isinstance(error, grpc.Call) and status_of(error) is not None:
         return from_rpc_error(error, target=target)
     return None
-
-
-def _has_status(call: Any) -> bool:
-    return rpc_status.from_call(call) is not None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from gradwire_protocol.errors import LimitExceeded, ModelError
@@ -92,6 +92,15 @@ def value_bytes(spec: graph_pb2.ValueSpec, rows: int) -> int:
         return _NUMBER_BYTES
     elements = math.prod(max(0, size.fixed + size.per_row * rows) for size in spec.shape)
     return elements * ELEMENT_BYTES.get(spec.data_type, _NUMBER_BYTES)
+
+
+def learned_values(index: GraphIndex, parameters: Collection[str]) -> frozenset[str]:
+    """Return the values that a parameter has a part in. The others are masks, tables of positions and the like."""
+    found: set[str] = {value for value, tensor in index.tensors.items() if tensor in parameters}
+    for node in index.graph.nodes:
+        if any(value in found for value in read_values(node)):
+            found.add(node.name)
+    return frozenset(found)
 
 
 def can_need_gradient(spec: graph_pb2.ValueSpec) -> bool:

@@ -10,14 +10,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gradwire_coordinator.boundaries import Boundaries, asked_codecs
+from gradwire_coordinator.bounds import message_bounds
+from gradwire_coordinator.codec_choice import Choice
 from gradwire_coordinator.costs import device_rates, node_seconds, rows_per_micro_batch, travelling_values
 from gradwire_coordinator.graph_index import value_bytes
+from gradwire_coordinator.link_rates import LinkRate
 from gradwire_coordinator.model_checks import IndexedModel
 from gradwire_coordinator.partition import check_cuts, partition
 from gradwire_coordinator.programs import ProgramBook, choose_schedule, recomputing_stages, training_programs
 from gradwire_coordinator.registry import Server
 from gradwire_coordinator.segments import Segments, make_segments
 from gradwire_coordinator.timetable import check_programs, draw
+from gradwire_protocol.codecs import CODEC_NAMES
+from gradwire_protocol.errors import GradwireError
 from gradwire_protocol.v1 import coordinator_pb2, graph_pb2, stage_pb2
 
 # In micro-batches: what still fits a log.
@@ -50,8 +56,12 @@ def lay_out(
     request: coordinator_pb2.CreateRunRequest,
     indexed: IndexedModel,
     servers: Sequence[Server],
+    links: Sequence[LinkRate | GradwireError] = (),
 ) -> Layout:
-    """Cut the model for these servers, one stage each, as the plan says; PlanError, ModelError."""
+    """Cut the model for these servers, one stage each, as the plan says; PlanError, ModelError.
+
+    links: from each server to the next, where the plan leaves a codec open.
+    """
     plan = request.plan
     rows = rows_per_micro_batch(plan.expected_rows, plan.micro_batches)
     rates = device_rates([server.device for server in servers])
@@ -67,6 +77,15 @@ def lay_out(
         cuts = partition(seconds, travelling_values(indexed.train, rows), usable)
     segments = make_segments(indexed, cuts, rows, rates[0])
     ends = [0, *cuts, len(indexed.train.graph.nodes)]
+    stage_seconds = [float(seconds[stage, ends[stage] : ends[stage + 1]].sum()) for stage in range(plan.stages)]
+    boundaries = Boundaries(indexed.train, segments.of_graph(graph_pb2.GRAPH_KIND_TRAIN), plan.stages, rows)
+    choices = boundaries.choose(asked_codecs(plan), programs, stage_seconds, rates, links)
+    # Later batches may have more rows than the expected one, and then as many micro-batches as the plan allows.
+    bounds = message_bounds(
+        training_programs(schedule, extra_warm_up, plan.stages, plan.micro_batches),
+        segments.of_graph(graph_pb2.GRAPH_KIND_TRAIN),
+        lambda value: value_bytes(indexed.train.spec(value), rows),
+    )
     summary = coordinator_pb2.PlanSummary(
         schedule=schedule,
         extra_warm_up=extra_warm_up,
@@ -78,9 +97,10 @@ def lay_out(
                 segments,
                 stage,
                 ends,
-                rows,
                 micro_batches,
-                float(seconds[stage, ends[stage] : ends[stage + 1]].sum()),
+                stage_seconds[stage],
+                boundaries,
+                choices,
             )
             for stage in range(plan.stages)
         ],
@@ -105,6 +125,9 @@ def lay_out(
                 seed=request.seed,
                 recompute=plan.recompute,
                 precision=plan.precision,
+                activation_codecs=[CODEC_NAMES[choice.codec] for choice in choices],
+                bounds=bounds.get(stage, ()),
+                checksums=plan.checksums,
             )
             for stage, server in enumerate(servers)
         ],
@@ -162,15 +185,13 @@ def _summarise(
     segments: Segments,
     stage: int,
     ends: Sequence[int],
-    rows: int,
     micro_batches: int,
     seconds: float,
+    boundaries: Boundaries,
+    choices: Sequence[Choice],
 ) -> coordinator_pb2.StageSummary:
     segment = segments.of_graph(graph_pb2.GRAPH_KIND_TRAIN)[stage]
-    leaving = sum(
-        value_bytes(indexed.train.spec(outgoing.value), rows) * len(outgoing.consumer_stages)
-        for outgoing in segment.outgoing
-    )
+    choice = choices[stage] if stage < len(choices) else Choice("none")
     return coordinator_pb2.StageSummary(
         stage=stage,
         first_node=ends[stage],
@@ -183,5 +204,7 @@ def _summarise(
             if placement.spec.kind == graph_pb2.TENSOR_KIND_PARAMETER
         ),
         estimated_seconds=seconds * micro_batches,
-        boundary_bytes=leaving * micro_batches,
+        boundary_bytes=boundaries.leaving_bytes(segment, choices) * micro_batches,
+        codec=CODEC_NAMES[choice.codec],
+        codec_reason=choice.reason,
     )

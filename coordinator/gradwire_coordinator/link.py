@@ -8,6 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import grpc
@@ -18,6 +19,11 @@ from gradwire_protocol.v1 import run_pb2, stage_pb2, stage_pb2_grpc
 # Building segments takes seconds for a large graph.
 PREPARE_SECONDS = 120.0
 RELEASE_SECONDS = 2.0
+RELEASE_AGAIN_SECONDS = 1.0
+
+
+def _stub(channel: Any) -> Any:
+    return stage_pb2_grpc.StageServiceStub(channel)  # type: ignore[no-untyped-call]
 
 
 class Link:
@@ -28,7 +34,8 @@ class Link:
         self.server = server
         self.address = address
         self._channel = connect(address)
-        self._stub = stage_pb2_grpc.StageServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._connect = connect
+        self._stub = _stub(self._channel)
         self._outgoing: queue.SimpleQueue[stage_pb2.ExecuteRequest | None] = queue.SimpleQueue()
         self._call: Any = None
         self._thread: threading.Thread | None = None
@@ -48,16 +55,24 @@ class Link:
     def open(
         self,
         on_report: Callable[[Link, run_pb2.EntryReport], None],
+        on_saved: Callable[[Link, run_pb2.SavedPart], None],
         on_end: Callable[[Link, Exception | None], None],
     ) -> None:
-        """Open the Execute stream. A thread calls `on_report` for each report, and `on_end` once, with the error."""
+        """Open the Execute stream.
+
+        A thread calls `on_report` for each report, `on_saved` for each part of a checkpoint, and `on_end` once, with
+        the error.
+        """
         self._call = self._stub.Execute(iter(self._outgoing.get, None))
 
         def follow() -> None:
             failure: Exception | None = None
             try:
                 for reply in self._call:
-                    on_report(self, reply.report)
+                    if reply.HasField("saved"):
+                        on_saved(self, reply.saved)
+                    else:
+                        on_report(self, reply.report)
             except Exception as error:  # noqa: BLE001  # whatever ends the stream is handed on
                 failure = error
             on_end(self, failure)
@@ -74,8 +89,14 @@ class Link:
         request = stage_pb2.ReleaseRequest(run=run, generation=generation, reason=reason)
         try:
             self._stub.Release(request, timeout=RELEASE_SECONDS)
-        except grpc.RpcError as error:
-            return from_rpc_error(error, target=self.target)
+            return None
+        except grpc.RpcError:
+            # The connection may be dead, and the server alive: it would hold the run until it finds out itself.
+            with closing(self._connect(self.address)) as channel:
+                try:
+                    _stub(channel).Release(request, timeout=RELEASE_AGAIN_SECONDS)
+                except grpc.RpcError as error:
+                    return from_rpc_error(error, target=self.target)
         return None
 
     def close(self) -> None:

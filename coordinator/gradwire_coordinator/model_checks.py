@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gradwire_coordinator.custom_operators import read_operators
 from gradwire_coordinator.graph_index import MAXIMUM_TENSORS, GraphIndex, index_graph
 from gradwire_coordinator.programs import choose_schedule
+from gradwire_protocol.codecs import AUTO, CODEC_NAMES
 from gradwire_protocol.errors import LimitExceeded, ModelError, OptimizerError, PlanError
 from gradwire_protocol.frames import ELEMENT_BYTES, MAXIMUM_DIMENSIONS, MAXIMUM_VALUE_BYTES
+from gradwire_protocol.operators import is_custom
 from gradwire_protocol.v1 import graph_pb2, run_pb2, tensors_pb2
 
 MAXIMUM_STAGES = 1024
+MAXIMUM_LIMIT_SECONDS = 1e6
 MAXIMUM_MICRO_BATCHES = 65_536
 MAXIMUM_WINDOW = 16
 _LOSS_OUTPUTS = {graph_pb2.LOSS_FORM_MEAN_OVER_ROWS: 1, graph_pb2.LOSS_FORM_SUM_AND_WEIGHT: 2}
@@ -29,6 +33,8 @@ class IndexedModel:
     evaluate: GraphIndex
     # None where the model's own output is the loss.
     predict: GraphIndex | None
+    # Schemas of its custom operators, by target.
+    operators: dict[str, str]
 
     @property
     def graphs(self) -> dict[graph_pb2.GraphKind, GraphIndex]:
@@ -71,13 +77,29 @@ def check_model(model: graph_pb2.Model) -> IndexedModel:
                 got=str(len(graph.outputs)),
             )
         indexed.append(index_graph(graph, name, tensors))
+    operators = read_operators(model.operators, "The model", ModelError)
+    for index in indexed:
+        _check_targets(index, operators)
     return IndexedModel(
         model=model,
         tensors=tensors,
         train=indexed[0],
         evaluate=indexed[1],
         predict=indexed[2] if len(indexed) > 2 else None,
+        operators=operators,
     )
+
+
+def _check_targets(index: GraphIndex, operators: dict[str, str]) -> None:
+    """Refuse a custom operator that is not in the model's table: servers could not be chosen for it."""
+    for node in index.graph.nodes:
+        if is_custom(node.target) and node.target not in operators:
+            raise ModelError(
+                f"The {index.name} graph uses a custom operator that the model does not list",
+                expected="each of them in Model.operators, with its schema",
+                got=repr(node.target[:80]),
+                remedy="export the model with this version",
+            )
 
 
 def _check_tensors(model: graph_pb2.Model) -> dict[str, graph_pb2.TensorSpec]:
@@ -125,12 +147,38 @@ def check_plan(plan: run_pb2.Plan) -> None:
                 remedy=f"use stages to spread the model, and leave {field} at 1",
             )
     choose_schedule(plan.schedule)
+    _check_codecs(plan)
+    for field, shortest in (("stall_seconds", 1.0), ("step_seconds", 0.001)):
+        seconds = getattr(plan, field)
+        # 0 is the default. Written so that it refuses NaN, too.
+        if seconds and not shortest <= seconds <= MAXIMUM_LIMIT_SECONDS:
+            raise PlanError(
+                f"The plan's {field} is out of range",
+                expected=f"{shortest:g} to {MAXIMUM_LIMIT_SECONDS:g}",
+                got=str(seconds),
+            )
     if plan.precision not in (tensors_pb2.DATA_TYPE_UNSPECIFIED, tensors_pb2.DATA_TYPE_BFLOAT16):
         raise PlanError(
             "The plan's precision is not one that this version trains in",
             expected="unspecified, or BFLOAT16",
             got=str(plan.precision),
             remedy="use BFLOAT16: FLOAT16 would need a scaled loss, and one decision of all servers to skip a step",
+        )
+
+
+def _check_codecs(plan: run_pb2.Plan) -> None:
+    asked = list(plan.activation_compression)
+    if any(name not in CODEC_NAMES and name != AUTO for name in asked):
+        raise PlanError(
+            "The plan has a codec of activations that this version does not know",
+            expected=f"{', '.join(CODEC_NAMES)} or {AUTO}",
+            got=", ".join(name[:40] for name in asked[:20]),
+        )
+    if len(asked) > 1 and len(asked) != plan.stages - 1:
+        raise PlanError(
+            "The plan's codecs of activations do not fit its stages",
+            expected=f"one for all boundaries, or {plan.stages - 1}, one for each",
+            got=str(len(asked)),
         )
 
 

@@ -10,8 +10,9 @@ from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 
 from gradwire_coordinator.schedules import AUTO_EXTRA_WARM_UP, Programs, forward_only, gpipe, one_f_one_b
+from gradwire_coordinator.timetable import SENDS_GRADIENTS
 from gradwire_protocol.errors import FrameError, ModelError, PlanError
-from gradwire_protocol.program import BACKWARD, FORWARD, NORM, REDUCE, UPDATE, Action, program_to_proto
+from gradwire_protocol.program import FORWARD, NORM, REDUCE, UPDATE, Action, program_to_proto
 from gradwire_protocol.v1 import graph_pb2, run_pb2
 
 
@@ -37,13 +38,13 @@ def recomputing_stages(programs: Programs) -> list[bool]:
 
     Elsewhere (the last stage of 1F1B) keeping what a forward made takes no more memory than making it again would.
     """
-    return [
-        any(
-            action.kind == FORWARD and following != action._replace(kind=BACKWARD)
-            for action, following in itertools.zip_longest(program, program[1:])
-        )
-        for program in programs
-    ]
+    recomputing: dict[int, bool] = {}
+    for program in programs:
+        for action, following in itertools.pairwise([*program, None]):
+            if action is not None and action.kind == FORWARD:
+                own = [action._replace(kind=kind) for kind in SENDS_GRADIENTS]
+                recomputing[action.stage] = recomputing.get(action.stage, False) or following not in own
+    return [recomputing[stage] for stage in sorted(recomputing)]
 
 
 class ProgramBook:
@@ -77,7 +78,7 @@ class ProgramBook:
             return self._forward(graph_pb2.GRAPH_KIND_EVALUATE, len(entry.evaluate.micro_batches))
         if kind == "predict":
             return self._forward(graph_pb2.GRAPH_KIND_PREDICT, len(entry.predict.micro_batches))
-        if kind in ("load_state", "fetch_state"):
+        if kind in ("load_state", "fetch_state", "save_state"):
             return [run_pb2.Program() for _ in range(self._stages)]
         raise FrameError("An entry of no kind", expected="a step, an evaluation, …", got=f"entry {entry.number}")
 

@@ -10,9 +10,11 @@ import dataclasses
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
+from gradwire_coordinator.custom_operators import can_run, cannot_run, read_operators
 from gradwire_protocol.channels import parse_address
 from gradwire_protocol.errors import LimitExceeded, PlanError, RunNotFound, SettingsError
 from gradwire_protocol.v1 import coordinator_pb2, stage_pb2
@@ -34,9 +36,26 @@ class Server:
     version: str
     # By the registry's clock.
     heard_at: float
+    # When the first heartbeat came that showed its last progress, and the last progress of its run's client.
+    progressed_at: float
+    client_progressed_at: float
     activity: stage_pb2.Activity = field(default_factory=stage_pb2.Activity)
+    # Schemas of its custom operators, by target.
+    operators: Mapping[str, str] = field(default_factory=dict)
     # The run that has reserved it; empty: free.
     run: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerStanding:
+    """How a server stands: its activity, and for how long it and the client of its run have stood still with it."""
+
+    activity: stage_pb2.Activity
+    # Since its last heartbeat.
+    silent_seconds: float
+    # From the last progress to the last heartbeat.
+    still_seconds: float
+    client_still_seconds: float
 
 
 class Registry:
@@ -46,7 +65,7 @@ class Registry:
         self,
         *,
         lease_seconds: float = 10.0,
-        heartbeat_seconds: float = 2.0,
+        heartbeat_seconds: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._lease_seconds = lease_seconds
@@ -61,6 +80,7 @@ class Registry:
         A server that registers anew has lost its state: the run that held the old one has lost a stage.
         """
         _check_registration(request)
+        now = self._clock()
         server = Server(
             server=request.server,
             role=request.role,
@@ -68,7 +88,10 @@ class Registry:
             metrics_address=request.metrics_address,
             device=request.device,
             version=request.version[:_MAXIMUM_TEXT],
-            heard_at=self._clock(),
+            heard_at=now,
+            progressed_at=now,
+            client_progressed_at=now,
+            operators=read_operators(request.operators, f"Server {request.server}", SettingsError),
         )
         with self._lock:
             replaced = self._servers.pop(server.server, None)
@@ -90,7 +113,18 @@ class Registry:
                     got=repr(identifier[:64]),
                     remedy="register again: the coordinator was restarted, or the lease ran out",
                 )
-            self._servers[identifier] = dataclasses.replace(server, heard_at=self._clock(), activity=activity)
+            now = self._clock()
+            before = server.activity
+            same_run = (activity.run, activity.generation) == (before.run, before.generation)
+            moved = not same_run or activity.progress != before.progress
+            client_moved = not same_run or activity.client_progress != before.client_progress
+            self._servers[identifier] = dataclasses.replace(
+                server,
+                heard_at=now,
+                progressed_at=now if moved else server.progressed_at,
+                client_progressed_at=now if client_moved else server.client_progressed_at,
+                activity=activity,
+            )
 
     def deregister(self, identifier: str) -> Server | None:
         """Take a server out; return what was known of it, None if nothing."""
@@ -102,8 +136,13 @@ class Registry:
         with self._lock:
             now = self._clock()
             for identifier, server in self._servers.items():
-                heard_at = min(now, server.heard_at + seconds)
-                self._servers[identifier] = dataclasses.replace(server, heard_at=heard_at)
+                shift = min(now - server.heard_at, seconds)
+                self._servers[identifier] = dataclasses.replace(
+                    server,
+                    heard_at=server.heard_at + shift,
+                    progressed_at=server.progressed_at + shift,
+                    client_progressed_at=server.client_progressed_at + shift,
+                )
 
     def expire(self) -> list[Server]:
         """Take out and return all servers whose lease has run out."""
@@ -114,11 +153,14 @@ class Registry:
                 del self._servers[server.server]
             return lost
 
-    def reserve(self, run: str, count: int) -> list[Server]:
-        """Reserve `count` free stage servers for a run, in the order of registration; PlanError if there are fewer."""
+    def reserve(self, run: str, count: int, operators: Mapping[str, str] = MappingProxyType({})) -> list[Server]:
+        """Reserve `count` free stage servers for a run, in the order of registration; PlanError if there are fewer.
+
+        Only such as have the custom `operators` that the run needs; ModelError if these alone are too few.
+        """
         with self._lock:
             stages = [s for s in self._servers.values() if s.role == coordinator_pb2.SERVER_ROLE_STAGE]
-            free = [server for server in stages if not server.run][:count]
+            free = [server for server in stages if not server.run]
             if len(free) < count:
                 busy = len(stages) - len(free)
                 raise PlanError(
@@ -127,9 +169,13 @@ class Registry:
                     got=f"{len(stages)} registered, {busy} of them busy with other runs",
                     remedy="start more with gradwire-stage-server, wait for other runs to end, or plan fewer stages",
                 )
-            for server in free:
+            able = [server for server in free if can_run(server.operators, operators)][:count]
+            if len(able) < count:
+                unable = [(server.server, server.operators) for server in free if server not in able]
+                raise cannot_run(operators, unable)
+            for server in able:
                 self._servers[server.server] = dataclasses.replace(server, run=run)
-            return [self._servers[server.server] for server in free]
+            return [self._servers[server.server] for server in able]
 
     def release(self, run: str) -> None:
         """Free all servers of a run."""
@@ -146,6 +192,19 @@ class Registry:
     def silent_seconds(self, server: Server) -> float:
         """Return how long ago a server was heard of."""
         return max(0.0, self._clock() - server.heard_at)
+
+    def standing(self, identifier: str) -> ServerStanding | None:
+        """Return how a server stands; None if it is not registered."""
+        with self._lock:
+            server = self._servers.get(identifier)
+        if server is None:
+            return None
+        return ServerStanding(
+            activity=server.activity,
+            silent_seconds=self.silent_seconds(server),
+            still_seconds=server.heard_at - server.progressed_at,
+            client_still_seconds=server.heard_at - server.client_progressed_at,
+        )
 
     def last_known(self, identifier: str) -> str:
         """Return in words what a server was last known to do."""

@@ -11,7 +11,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +21,21 @@ from gradwire_coordinator.entries import EntryRules
 from gradwire_coordinator.failures import CauseFinder, Evidence, reported_error
 from gradwire_coordinator.layout import Layout
 from gradwire_coordinator.link import Link
+from gradwire_coordinator.links import prepare_all, release_all
 from gradwire_coordinator.log import RunLog
+from gradwire_coordinator.registry import ServerStanding
+from gradwire_coordinator.saves import RunSaves
+from gradwire_coordinator.stall_watch import StallWatch
 from gradwire_coordinator.window import Window
-from gradwire_protocol.errors import Aborted, GradwireError, InternalError, ServerBusy, Unreachable
+from gradwire_protocol.checkpoint.root import CheckpointRoot
+from gradwire_protocol.errors import Aborted, GradwireError, InternalError, ServerBusy
 from gradwire_protocol.v1 import coordinator_pb2, run_pb2, stage_pb2
 
 _log = structlog.get_logger(__name__)
+
+
+# What its client gets: of each entry, and how the writing of a checkpoint ended.
+Outcome = run_pb2.EntryResult | run_pb2.SaveOutcome
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +45,12 @@ class RunContext:
     log: RunLog
     # Opens a channel to HOST:PORT.
     connect: Callable[[str], Any]
+    # Where servers write checkpoints.
+    checkpoints: CheckpointRoot
     # What a server was last known to do, in words.
     last_known: Callable[[str], str]
+    # How a server stands: its activity, and how many seconds ago what was heard.
+    standing: Callable[[str], ServerStanding | None]
     # Called with a server that does not answer any more.
     on_lost: Callable[[str], None]
     # Called with each result, on the thread of a server's reports.
@@ -82,9 +94,11 @@ class Run:
         self._lock = threading.Lock()
         self._window = Window([server.server for server in layout.servers])
         self._causes = CauseFinder(len(self._links), lambda cause: self.fail(cause.as_error()))
+        self._watch = StallWatch(run, generation, request.plan, layout.servers, context.standing)
         self._driven = False
         self._draining = False
-        self._results: queue.SimpleQueue[run_pb2.EntryResult | GradwireError | None] = queue.SimpleQueue()
+        self._saves = RunSaves(context.checkpoints, [link.target for link in self._links], self._on_save_done)
+        self._results: queue.SimpleQueue[Outcome | GradwireError | None] = queue.SimpleQueue()
         self._state: coordinator_pb2.RunState = coordinator_pb2.RUN_STATE_PREPARED
         self._reason = ""
         self._error: GradwireError | None = None
@@ -99,38 +113,19 @@ class Run:
         """Begin the log, prepare all servers and open their streams; the first failure ends the run and is raised."""
         try:
             self._context.log.create_run(self.run, self.generation, request)
-            self._prepare_servers(for_servers)
+            prepare_all(self._links, for_servers, self._context.on_lost)
             # Within the lock, so that the end of the run cannot close what is being opened.
             with self._lock:
                 if self._ending:
                     raise self._over()
                 for link in self._links:
-                    link.open(self._on_report, self._on_end)
+                    link.open(self._on_report, self._on_saved, self._on_end)
         except BaseException as error:
             self.fail(error)
             # What ended the run first is the cause: breaking off the preparation may be its consequence.
             if self._error is not None and self._error is not error:
                 raise self._error from error
             raise
-
-    def _prepare_servers(self, requests: Sequence[stage_pb2.PrepareRequest]) -> None:
-        with ThreadPoolExecutor(len(self._links), thread_name_prefix="prepare") as pool:
-            calls = [pool.submit(link.prepare, request) for link, request in zip(self._links, requests, strict=True)]
-            ends = [(link, call.exception()) for link, call in zip(self._links, calls, strict=True)]
-        for link, error in ends:
-            if isinstance(error, Unreachable):
-                self._context.on_lost(link.server)
-        for link, error in ends:
-            if error is None:
-                continue
-            if isinstance(error, GradwireError):
-                error = type(error)(
-                    f"Cannot prepare {link.target}: {error.message}",
-                    expected=error.expected,
-                    got=error.got,
-                    remedy=error.remedy,
-                )
-            raise error
 
     # What the client does.
 
@@ -151,26 +146,52 @@ class Run:
             if self._ending:
                 raise self._over()
             self._rules.check(entry, len(self._window))
+            saves = entry.HasField("save_state")
+            if saves:
+                self._saves.check(entry.save_state)
             programs = self._programs.of_entry(entry)
             self._context.log.append(self.run, entry)
-            self._window.add(entry, time.monotonic())
+            now = time.monotonic()
+            self._watch.client_acted(now)
+            self._window.add(entry, now)
+            if saves:
+                self._saves.dispatched(entry.number)
             self._last_entry = entry.number
             self._state = coordinator_pb2.RUN_STATE_ACTIVE
             for link, program in zip(self._links, programs, strict=True):
                 link.send(stage_pb2.ExecuteRequest(run=self.run, entry=entry, program=program))
 
-    def results(self) -> Iterator[run_pb2.EntryResult]:
-        """Yield results in the order of entries until the run ends; raise its failure."""
-        while (item := self._results.get()) is not None:
+    def begin_save(self, request: coordinator_pb2.BeginSaveRequest) -> str:
+        """Make ready for a checkpoint that servers write; return its token. A typed error if it cannot be written."""
+        with self._lock:
+            if self._ending:
+                raise self._over()
+        return self._saves.begin(request.directory, request.manifest)
+
+    def results(self, sign_seconds: float) -> Iterator[Outcome | None]:
+        """Yield results in the order of entries until the run ends; raise its failure.
+
+        How the writing of a checkpoint ended comes among them, when it has.
+
+        Yields None when there has been none for `sign_seconds`: a sign of life for who waits for them.
+        """
+        while True:
+            try:
+                item = self._results.get(timeout=sign_seconds)
+            except queue.Empty:
+                yield None
+                continue
+            if item is None:
+                return
             if isinstance(item, GradwireError):
                 raise item
             yield item
 
     def drain(self) -> None:
-        """The client sends no more: end when the open entries are finished."""
+        """The client sends no more: end when the open entries are finished, and checkpoints written."""
         with self._lock:
             self._draining = True
-            if self._window:
+            if self._window or self._saves:
                 return
         self._finish(coordinator_pb2.RUN_STATE_ENDED, None)
 
@@ -192,6 +213,11 @@ class Run:
         link = self._links[self.stage_of[server]]
         self._causes.add(self._evidence_of(link, last_known=last_known, seen=seen))
 
+    def find_stall(self) -> GradwireError | None:
+        """Return why the run stands still for longer than its plan allows; None if it does not."""
+        with self._lock:
+            return None if self._ending else self._watch.find(self._window, time.monotonic())
+
     def _on_report(self, link: Link, report: run_pb2.EntryReport) -> None:
         with self._lock:
             if self._ending:
@@ -208,7 +234,19 @@ class Run:
                 self._step = entry.load_state.weight_version
             self._context.on_result(self, entry, result)
             self._results.put(result)
-            last = self._draining and not self._window
+            last = self._draining and not self._window and not self._saves
+        if last:
+            self._finish(coordinator_pb2.RUN_STATE_ENDED, None)
+
+    def _on_saved(self, link: Link, part: run_pb2.SavedPart) -> None:
+        if part.generation == self.generation and not self._ending:
+            self._saves.take(link.stage, part)
+
+    def _on_save_done(self, outcome: run_pb2.SaveOutcome) -> None:
+        with self._lock:
+            self._results.put(outcome)
+            self._saves.forget(outcome.entry)
+            last = self._draining and not self._window and not self._saves
         if last:
             self._finish(coordinator_pb2.RUN_STATE_ENDED, None)
 
@@ -261,23 +299,14 @@ class Run:
             self._finished.wait()
             return
         try:
-            self._release()
+            release_all(self._links, self.run, self.generation, self._reason)
+            self._saves.close()
             self._context.log.finish_run(self.run, state, self._reason)
         finally:
             self._context.on_finished(self)
             self._results.put(error)
             self._finished.set()
         _log.info("run ended", run=self.run, state=coordinator_pb2.RunState.Name(state), reason=self._reason)
-
-    def _release(self) -> None:
-        def release(link: Link) -> None:
-            error = link.release(self.run, self.generation, self._reason)
-            if error is not None:
-                _log.warning("server not released", run=self.run, server=link.server, error=str(error))
-            link.close()
-
-        with ThreadPoolExecutor(len(self._links), thread_name_prefix="release") as pool:
-            list(pool.map(release, self._links))
 
     def join(self) -> None:
         """Wait for this run's threads, after its end."""

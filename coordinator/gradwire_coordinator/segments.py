@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gradwire_coordinator.costs import Rates, node_seconds
-from gradwire_coordinator.graph_index import GraphIndex, can_travel, read_values
+from gradwire_coordinator.graph_index import GraphIndex, can_travel, learned_values, read_values
 from gradwire_coordinator.model_checks import IndexedModel
 from gradwire_coordinator.ownership import cuts_by_ownership
 from gradwire_protocol.errors import ModelError
@@ -57,6 +57,7 @@ def make_segments(indexed: IndexedModel, train_cuts: Sequence[int], rows: int, r
     by_stage: list[list[stage_pb2.Segment]] = [[] for _ in range(stages)]
     cuts: dict[graph_pb2.GraphKind, tuple[int, ...]] = {}
     shares = _shares(indexed.train, train_cuts, rows, rates)
+    parameters = {name for name, spec in indexed.tensors.items() if spec.kind == graph_pb2.TENSOR_KIND_PARAMETER}
     for kind, index in indexed.graphs.items():
         if kind == graph_pb2.GRAPH_KIND_TRAIN:
             cuts[kind] = tuple(train_cuts)
@@ -70,7 +71,7 @@ def make_segments(indexed: IndexedModel, train_cuts: Sequence[int], rows: int, r
                 stages,
                 _distance(index, shares, rows, rates),
             )
-        cut = _Cut(index, cuts[kind], indexed.model.loss_form, holders)
+        cut = _Cut(index, cuts[kind], indexed.model.loss_form, holders, learned_values(index, parameters))
         for stage in range(stages):
             segment = cut.segment(stage)
             if segment is not None:
@@ -87,9 +88,15 @@ class _Cut:
     """One graph with its cuts. Adds to `holders` the stages that its tensors are needed on."""
 
     def __init__(
-        self, index: GraphIndex, cuts: Sequence[int], loss_form: graph_pb2.LossForm, holders: dict[str, set[int]]
+        self,
+        index: GraphIndex,
+        cuts: Sequence[int],
+        loss_form: graph_pb2.LossForm,
+        holders: dict[str, set[int]],
+        learned: frozenset[str],
     ) -> None:
         self._index = index
+        self._learned = learned
         self._cuts = cuts
         self._last = len(cuts)
         outputs = [output.value for output in index.graph.outputs]
@@ -154,7 +161,9 @@ class _Cut:
                 self._incoming(value, stage) for value in read if value not in made and value not in index.tensors
             ],
             outgoing=[
-                stage_pb2.OutgoingValue(value=node.name, consumer_stages=consumers)
+                stage_pb2.OutgoingValue(
+                    value=node.name, consumer_stages=consumers, exact=node.name not in self._learned
+                )
                 for node in nodes
                 if (consumers := self._consumers(node.name, stage))
             ],

@@ -13,18 +13,23 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import grpc
 import structlog
 
+from gradwire_coordinator.boundaries import needs_links
 from gradwire_coordinator.layout import Layout, lay_out
+from gradwire_coordinator.link_rates import LinkBook
 from gradwire_coordinator.log import RunLog
 from gradwire_coordinator.metrics import Metrics
 from gradwire_coordinator.model_checks import IndexedModel, check_model, check_optimizer, check_plan
 from gradwire_coordinator.partition import check_stage_count
 from gradwire_coordinator.registry import Registry, Server, describe
 from gradwire_coordinator.run import Run, RunContext
+from gradwire_coordinator.stored import inspect
+from gradwire_protocol.checkpoint.root import CheckpointRoot
 from gradwire_protocol.errors import FrameError, PlanError, RunNotFound, Unreachable
 from gradwire_protocol.v1 import coordinator_pb2 as pb
 from gradwire_protocol.v1 import coordinator_pb2_grpc, run_pb2
@@ -33,6 +38,8 @@ _log = structlog.get_logger(__name__)
 
 SWEEP_SECONDS = 1.0
 UNDRIVEN_SECONDS = 60.0
+# A client hears from its Drive stream at least this often.
+SIGN_SECONDS = 1.0
 # Of runs that are over, so many are shown.
 KEPT_RUNS = 50
 _FIRST_GENERATION = 1
@@ -52,10 +59,12 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         metrics: Metrics,
         connect: Callable[[str], Any],
         version: str,
+        checkpoint_root: Path | None = None,
         undriven_seconds: float = UNDRIVEN_SECONDS,
         sweep_seconds: float = SWEEP_SECONDS,
     ) -> None:
         self._registry = registry
+        self._links = LinkBook(connect)
         self._metrics = metrics
         self._version = version
         self._undriven_seconds = undriven_seconds
@@ -63,7 +72,9 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         self._context = RunContext(
             log=log,
             connect=connect,
+            checkpoints=CheckpointRoot(checkpoint_root, "The coordinator"),
             last_known=registry.last_known,
+            standing=registry.standing,
             on_lost=self._on_lost,
             on_result=self._on_result,
             on_finished=self._on_finished,
@@ -144,9 +155,10 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
 
     def _try_create_run(self, request: pb.CreateRunRequest, indexed: IndexedModel) -> tuple[Run, Layout]:
         name = f"run-{uuid.uuid4().hex[:12]}"
-        servers = self._registry.reserve(name, request.plan.stages)
+        servers = self._registry.reserve(name, request.plan.stages, indexed.operators)
         try:
-            layout = lay_out(name, _FIRST_GENERATION, request, indexed, servers)
+            links = self._links.rates([server.address for server in servers]) if needs_links(request.plan) else []
+            layout = lay_out(name, _FIRST_GENERATION, request, indexed, servers, links)
             run = Run(name, _FIRST_GENERATION, request, layout, self._context)
         except BaseException:
             self._registry.release(name)
@@ -171,12 +183,21 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         if not context.add_callback(gone):
             gone()
         _in_background(partial(_follow, run, itertools.chain([first], requests), context))
-        for result in run.results():
-            yield pb.DriveReply(result=result)
+        for result in run.results(SIGN_SECONDS):
+            if isinstance(result, run_pb2.SaveOutcome):
+                yield pb.DriveReply(saved=result)
+            else:
+                yield pb.DriveReply(result=result)
 
     def EndRun(self, request: pb.EndRunRequest, context: Any) -> pb.EndRunReply:
         self._run(request.run).end("it was ended on request")
         return pb.EndRunReply()
+
+    def BeginSave(self, request: pb.BeginSaveRequest, context: Any) -> pb.BeginSaveReply:
+        return pb.BeginSaveReply(token=self._run(request.run).begin_save(request))
+
+    def InspectCheckpoint(self, request: pb.InspectCheckpointRequest, context: Any) -> pb.InspectCheckpointReply:
+        return inspect(self._context.checkpoints, request.directory)
 
     def GetStatus(self, request: pb.GetStatusRequest, context: Any) -> pb.GetStatusReply:
         with self._lock:
@@ -209,7 +230,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
     # What happens by itself.
 
     def _sweep(self) -> None:
-        """Once a second, take out servers whose lease has run out, and end runs that nobody drives."""
+        """Once a second: take out servers whose lease has run out, end runs that nobody drives or that stand still."""
         swept_at = time.monotonic()
         while not self._closed.wait(self._sweep_seconds):
             late_seconds = time.monotonic() - swept_at - self._sweep_seconds
@@ -226,6 +247,8 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
             for run in runs:
                 if run.undriven_seconds() > self._undriven_seconds:
                     _in_background(partial(run.end, f"no client drove it for {self._undriven_seconds:.0f} s"))
+                elif (stall := run.find_stall()) is not None:
+                    _in_background(partial(run.fail, stall))
             self._count_servers()
 
     def _lost(self, server: Server, seen: str) -> None:

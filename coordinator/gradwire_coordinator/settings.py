@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import DirectoryPath, Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from gradwire_protocol.channels import TlsFiles
@@ -26,8 +26,10 @@ class CoordinatorSettings(Settings):
     metrics_listen: str = ""
     # Where the run log is kept; none: in a temporary directory, which goes with the process.
     state_dir: Path | None = None
+    # Where servers write checkpoints, and read them: the same directory as every stage server's.
+    checkpoint_root: DirectoryPath | None = None
     lease_seconds: float = Field(default=10.0, ge=1.0, le=3600.0)
-    heartbeat_seconds: float = Field(default=2.0, ge=0.2, le=600.0)
+    heartbeat_seconds: float = Field(default=1.0, ge=0.2, le=600.0)
     tls_authority: Path | None = None
     tls_certificate: Path | None = None
     tls_key: Path | None = None

@@ -34,6 +34,8 @@ class Window:
         """`servers`: the identifiers of the run's servers, by stage."""
         self._servers = list(servers)
         self._open: deque[_Open] = deque()
+        # When the oldest open entry became the oldest.
+        self._oldest_since = -math.inf
         # When each server finished its last entry, by stage.
         self._idle_since = [-math.inf] * len(servers)
 
@@ -42,11 +44,21 @@ class Window:
 
     def add(self, entry: run_pb2.Entry, now: float) -> None:
         """Take in an entry that goes to all servers now."""
+        if not self._open:
+            self._oldest_since = now
         self._open.append(_Open(entry, now))
 
     def owed_by(self, stage: int) -> run_pb2.Entry | None:
         """Return the oldest entry that a stage's server has not reported; None if it owes nothing."""
         return next((item.entry for item in self._open if stage not in item.reports), None)
+
+    def owed_seconds(self, stage: int, now: float) -> float:
+        """Return how long ago the oldest entry that a stage's server has not reported was dispatched; 0 if none."""
+        return next((now - item.dispatched_at for item in self._open if stage not in item.reports), 0.0)
+
+    def oldest(self, now: float) -> tuple[run_pb2.Entry, float] | None:
+        """Return the oldest open entry, and for how many seconds it has been that; None if none is open."""
+        return (self._open[0].entry, now - self._oldest_since) if self._open else None
 
     def report(
         self, stage: int, report: run_pb2.EntryReport, now: float
@@ -66,6 +78,7 @@ class Window:
             return None
         # Every server reports in order, so the entry that is complete first is the oldest.
         self._open.popleft()
+        self._oldest_since = now
         reports = [(server, owed.reports[stage]) for stage, server in enumerate(self._servers)]
         return owed.entry, merge_reports(owed.entry, reports, now - owed.started_at)
 

@@ -38,7 +38,10 @@ class Delivered:
 class FrameSender:
     """Sends messages to one peer, in order, without making the caller wait for the network.
 
-    Thread-safe. `on_delivered` and `on_failure` are called on the sender's threads and must not block.
+    Thread-safe. `on_frame` (for each frame that the network takes), `on_delivered` and `on_failure` are called on the
+    sender's threads and must not block. maximum_queued_bytes: of payloads that are not receipted, above which `send`
+    waits; None: it never does. checksums: every chunk carries one. `place`, called on a thread of the sender, may put a
+    payload where the peer finds it by its header (shared memory); then it goes in no chunks.
     After a failure every `send` and `flush` raises it; the sender does not reconnect.
     """
 
@@ -48,12 +51,18 @@ class FrameSender:
         peer: str,
         *,
         method: str = DELIVER,
-        maximum_queued_bytes: int = 2**30,
+        maximum_queued_bytes: int | None = None,
+        checksums: bool = False,
+        place: Callable[[pb.TensorHeader, memoryview], bool] | None = None,
+        on_frame: Callable[[], None] | None = None,
         on_delivered: Callable[[Delivered], None] | None = None,
         on_failure: Callable[[GradwireError], None] | None = None,
     ) -> None:
         self._peer = peer
         self._maximum_queued_bytes = maximum_queued_bytes
+        self._checksums = checksums
+        self._place = place
+        self._on_frame = on_frame or (lambda: None)
         self._on_delivered = on_delivered
         self._on_failure = on_failure
         self._changed = threading.Condition()
@@ -70,18 +79,22 @@ class FrameSender:
         self._receipts = threading.Thread(target=self._read_receipts, name=f"receipts from {peer}", daemon=True)
         self._receipts.start()
 
+    @property
+    def unreceipted(self) -> tuple[int, int]:
+        """Messages that the peer has not receipted, and the bytes of their payloads."""
+        return len(self._open), self._open_bytes
+
+    def has_room(self, header: pb.TensorHeader) -> bool:
+        """Whether `send` would queue this message without waiting: one always fits."""
+        if self._maximum_queued_bytes is None or not self._open:
+            return True
+        return self._open_bytes + header.tensor.size_bytes <= self._maximum_queued_bytes
+
     def send(self, header: pb.TensorHeader, payload: Payload = None) -> None:
-        """Queue one message; sets the header's sequence. Waits only while more than the allowed bytes are open."""
+        """Queue one message; sets the header's sequence. Waits for room; a failure, `close` and `cancel` end that."""
         size = header.tensor.size_bytes if header.HasField("tensor") else 0
         with self._changed:
-            self._changed.wait_for(
-                lambda: (
-                    self._failure
-                    or self._closing
-                    or not self._open
-                    or self._open_bytes + size <= self._maximum_queued_bytes
-                )
-            )
+            self._changed.wait_for(lambda: self._failure or self._closing or self.has_room(header))
             self._check()
             self._sequence += 1
             header.sequence = self._sequence
@@ -130,13 +143,18 @@ class FrameSender:
             header, payload = item
             try:
                 data = payload() if callable(payload) else payload
-                yield from encode_frames(header, data)
+                if self._place is not None and data is not None and self._place(header, data):
+                    data = payload = None
+                for frame in encode_frames(header, data, checksums=self._checksums):
+                    yield frame
+                    # gRPC comes for the next one when the network has taken this one.
+                    self._on_frame()
             except Exception as error:  # noqa: BLE001  # gRPC would swallow it: it must end the stream with its cause
                 self._fail(InternalError(f"Cannot encode {header.key.value!r} for {self._peer}: {error!r}"))
                 self._stream.cancel()
                 return
             # Dropped here, so that waiting in get() keeps no tensor alive.
-            del item, payload, data
+            del item, payload, data, frame
 
     def _read_receipts(self) -> None:
         try:

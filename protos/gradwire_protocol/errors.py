@@ -93,6 +93,10 @@ class StageFailed(GradwireError):
     """A stage server failed or was lost; the run has ended."""
 
 
+class Stalled(GradwireError):
+    """What a run waited for made no progress for longer than its plan allows; the run has ended."""
+
+
 class Aborted(GradwireError):
     """The run was released while something waited for it."""
 
@@ -120,6 +124,7 @@ _TABLE: tuple[tuple[type[GradwireError], grpc.StatusCode, str], ...] = (
     (ServerBusy, grpc.StatusCode.FAILED_PRECONDITION, "SERVER_BUSY"),
     (StaleGeneration, grpc.StatusCode.FAILED_PRECONDITION, "STALE_GENERATION"),
     (StageFailed, grpc.StatusCode.ABORTED, "STAGE_FAILED"),
+    (Stalled, grpc.StatusCode.ABORTED, "STALLED"),
     (Aborted, grpc.StatusCode.ABORTED, "ABORTED"),
     (Unreachable, grpc.StatusCode.UNAVAILABLE, "UNREACHABLE"),
     (InternalError, grpc.StatusCode.INTERNAL, "INTERNAL"),
@@ -153,6 +158,16 @@ def from_status(status: status_pb2.Status) -> GradwireError | None:
     return None
 
 
+def status_of(call: Any) -> status_pb2.Status | None:
+    """Return the status that the other side ended a call with; None if it sent none."""
+    try:
+        status: status_pb2.Status | None = rpc_status.from_call(call)
+    except ValueError:
+        # The call was cancelled here while that status was on its way: the cancellation counts.
+        return None
+    return status
+
+
 def from_rpc_error(error: grpc.RpcError, *, target: str = "") -> GradwireError:
     """Restore the typed error of a failed call.
 
@@ -161,7 +176,7 @@ def from_rpc_error(error: grpc.RpcError, *, target: str = "") -> GradwireError:
     # Every RpcError of a call is a grpc.Call as well; bare ones come from code outside gRPC.
     if not isinstance(error, grpc.Call):
         return InternalError(f"A call to {target or 'a service'} failed: {error!r}")
-    status = rpc_status.from_call(error)
+    status = status_of(error)
     restored = from_status(status) if status is not None else None
     if restored is not None:
         return restored

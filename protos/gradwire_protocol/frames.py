@@ -1,19 +1,25 @@
 """Tensor frames: messages cut into `TensorFrame` bytes, and put together again under limits.
 
-The hot path writes and reads the chunk's few bytes of protobuf by hand, wire-compatible with the generated classes
-(ten times faster: one join instead of several copies); headers, and every frame that is not laid out exactly as
-`encode_frames` does it, go through the generated class. Knows bytes only: torch_tensors.py makes tensors of them.
+The hot path writes and reads the chunk's few bytes of protobuf by hand (chunk_bytes.py), which is ten times faster;
+headers, and every frame that is not laid out exactly as `encode_frames` does it, go through the generated class. Knows
+bytes only: torch_tensors.py makes tensors of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
 
 import numpy as np
 from google.protobuf.message import DecodeError
 
+from gradwire_protocol.activities import message_words
+from gradwire_protocol.checksums import crc32c
+from gradwire_protocol.chunk_bytes import MAXIMUM_PADDING, decode_chunk, encode_chunk, header_field
+from gradwire_protocol.codecs import check_encoded
 from gradwire_protocol.errors import FrameError, LimitExceeded
 from gradwire_protocol.v1 import tensors_pb2 as pb
 
@@ -23,8 +29,6 @@ MAXIMUM_DIMENSIONS = 32
 MAXIMUM_RUN_CHARACTERS = 64
 MAXIMUM_VALUE_BYTES = 512
 MAXIMUM_STATE_BYTES = 64
-_ALIGNMENT = 16
-_MAXIMUM_PADDING = 32
 
 ELEMENT_BYTES: dict[int, int] = {
     pb.DATA_TYPE_FLOAT64: 8,
@@ -41,9 +45,8 @@ ELEMENT_BYTES: dict[int, int] = {
     pb.DATA_TYPE_COMPLEX128: 16,
 }
 
-# Tags of the hand-written fields: (field number << 3) | wire type.
-_FRAME_HEADER, _FRAME_CHUNK = 0x0A, 0x12
-_CHUNK_OFFSET, _CHUNK_PADDING, _CHUNK_DATA = 0x08, 0x12, 0x1A
+
+_DIRECTIONS = frozenset(pb.Direction.values()) - {pb.DIRECTION_UNSPECIFIED}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,47 +58,30 @@ class Message:
 
     header: pb.TensorHeader
     payload: memoryview | None
+    # False: it was skipped, and its payload with it.
+    kept: bool = True
 
 
-def _varint(number: int) -> bytes:
-    out = bytearray()
-    while number > 0x7F:
-        out.append(number & 0x7F | 0x80)
-        number >>= 7
-    out.append(number)
-    return bytes(out)
+class Frame(NamedTuple):
+    """A decoded TensorFrame; None for what is not there."""
+
+    header: pb.TensorHeader | None
+    offset: int
+    data: memoryview | None
+    checksum: int | None
 
 
-def _padding_bytes(before: int, unpadded: int) -> int:
-    """Return the size of a padding field that aligns what follows `before` bytes and the chunk's length prefix.
+class Admission(Enum):
+    """What becomes of a message whose header has come."""
 
-    It depends on the size of that prefix, which depends on it: the first pair that agrees. A padding field takes three
-    bytes at least (tag, length, and one zero), or none.
-    """
-    shortest = len(_varint(unpadded))
-    for length_bytes in (shortest, shortest + 1):
-        least = -(before + length_bytes) % _ALIGNMENT
-        for missing in (least, least + _ALIGNMENT, least + 2 * _ALIGNMENT):
-            if missing not in (1, 2) and len(_varint(unpadded + missing)) == length_bytes:
-                return missing
-    raise AssertionError("one of these always agrees")
+    KEEP = "keep"
+    # Keep it if every chunk has the right checksum.
+    KEEP_CHECKED = "keep checked"
+    # Check its chunks, and let them go.
+    SKIP = "skip"
 
 
-def _chunk_frame(header: bytes, offset: int, data: memoryview) -> bytes:
-    """Encode one frame; `header` is empty for all frames but a message's first."""
-    size = data.nbytes
-    start = bytes((_FRAME_HEADER,)) + _varint(len(header)) + header if header else b""
-    offset_field = bytes((_CHUNK_OFFSET,)) + _varint(offset) if offset else b""
-    data_prefix = bytes((_CHUNK_DATA,)) + _varint(size)
-    unpadded = len(offset_field) + len(data_prefix) + size
-    before = len(start) + 1 + len(offset_field) + len(data_prefix)
-    missing = _padding_bytes(before, unpadded)
-    padding = bytes((_CHUNK_PADDING, missing - 2)) + bytes(missing - 2) if missing else b""
-    chunk_length = _varint(unpadded + missing)
-    return b"".join((start, bytes((_FRAME_CHUNK,)), chunk_length, offset_field, padding, data_prefix, data))
-
-
-def encode_frames(header: pb.TensorHeader, payload: memoryview | None) -> Iterator[bytes]:
+def encode_frames(header: pb.TensorHeader, payload: memoryview | None, *, checksums: bool = False) -> Iterator[bytes]:
     """Yield the encoded TensorFrames of one message: header and first chunk in one, 1 MiB chunks after that.
 
     `payload` must have the header's `size_bytes`; None or empty for messages without one.
@@ -103,78 +89,35 @@ def encode_frames(header: pb.TensorHeader, payload: memoryview | None) -> Iterat
     encoded = header.SerializeToString()
     size = 0 if payload is None else payload.nbytes
     if payload is None or size == 0:
-        yield bytes((_FRAME_HEADER,)) + _varint(len(encoded)) + encoded
+        yield header_field(encoded)
         return
     flat = payload.cast("B")
     for offset in range(0, size, CHUNK_BYTES):
-        yield _chunk_frame(encoded if offset == 0 else b"", offset, flat[offset : offset + CHUNK_BYTES])
+        data = flat[offset : offset + CHUNK_BYTES]
+        yield encode_chunk(encoded if offset == 0 else b"", offset, data, crc32c(data) if checksums else None)
 
 
-def _read_varint(data: bytes, position: int) -> tuple[int, int]:
-    """Return (number, position behind it); IndexError at the end of the data."""
-    result = shift = 0
-    while True:
-        byte = data[position]
-        position += 1
-        result |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return result, position
-        shift += 7
-        if shift > 63:
-            raise IndexError
-
-
-def _decode_exact(data: bytes) -> tuple[bytes, int, memoryview] | None:
-    """Decode a frame that is laid out as `_chunk_frame` does it: (header, offset, data). None if it is not."""
-    try:
-        position, header = 0, b""
-        if data[0] == _FRAME_HEADER:
-            length, position = _read_varint(data, 1)
-            header = data[position : position + length]
-            position += length
-        if data[position] != _FRAME_CHUNK:
-            return None
-        length, position = _read_varint(data, position + 1)
-        if position + length != len(data):
-            return None
-        offset = 0
-        if data[position] == _CHUNK_OFFSET:
-            offset, position = _read_varint(data, position + 1)
-        if data[position] == _CHUNK_PADDING:
-            length, position = _read_varint(data, position + 1)
-            position += length
-            if length > _MAXIMUM_PADDING:
-                return None
-        if data[position] != _CHUNK_DATA:
-            return None
-        length, position = _read_varint(data, position + 1)
-    except IndexError:
-        return None
-    if position + length != len(data) or offset > 2**63:
-        return None
-    return header, offset, memoryview(data)[position:]
-
-
-def decode_frame(data: bytes) -> tuple[pb.TensorHeader | None, int, memoryview | None]:
-    """Decode one TensorFrame to (header, offset of the chunk, data of the chunk); None for what is not there."""
-    exact = _decode_exact(data)
+def decode_frame(data: bytes) -> Frame:
+    """Decode one TensorFrame, its chunk's data without a copy. FrameError."""
+    exact = decode_chunk(data)
     try:
         if exact is not None:
-            header, offset, payload = exact
-            return (pb.TensorHeader.FromString(header) if header else None), offset, payload
+            header = pb.TensorHeader.FromString(exact.header) if exact.header else None
+            return Frame(header, exact.offset, exact.data, exact.checksum)
         frame = pb.TensorFrame.FromString(data)
     except DecodeError as error:
         raise FrameError("A frame is not a TensorFrame message", got=f"{len(data)} bytes: {error}") from error
-    if len(frame.chunk.padding) > _MAXIMUM_PADDING:
+    if len(frame.chunk.padding) > MAXIMUM_PADDING:
         raise FrameError(
             "A chunk has too much padding",
-            expected=f"{_MAXIMUM_PADDING} bytes at most",
+            expected=f"{MAXIMUM_PADDING} bytes at most",
             got=str(len(frame.chunk.padding)),
         )
-    return (
+    return Frame(
         frame.header if frame.HasField("header") else None,
         frame.chunk.offset,
         memoryview(frame.chunk.data) if frame.HasField("chunk") else None,
+        frame.chunk.checksum if frame.chunk.HasField("checksum") else None,
     )
 
 
@@ -215,7 +158,7 @@ def check_header(header: pb.TensorHeader, maximum_tensor_bytes: int) -> int:
         )
     if key.entry == 0:
         raise FrameError("A message key has no entry", expected="1 or more", got="0")
-    if key.direction not in pb.Direction.values() or key.direction == pb.DIRECTION_UNSPECIFIED:
+    if key.direction not in _DIRECTIONS:
         raise FrameError(
             "A message key has an unknown direction",
             expected=f"one of {pb.Direction.keys()[1:]}",
@@ -230,17 +173,17 @@ def check_header(header: pb.TensorHeader, maximum_tensor_bytes: int) -> int:
     element = ELEMENT_BYTES.get(info.data_type)
     if element is None:
         raise FrameError("Unknown data type", expected=f"one of {pb.DataType.keys()[1:]}", got=str(info.data_type))
-    if info.codec != pb.CODEC_NONE:
-        raise FrameError("Unknown codec", expected="CODEC_NONE", got=str(info.codec))
     if len(info.shape) > MAXIMUM_DIMENSIONS:
         raise FrameError("Too many dimensions", expected=f"{MAXIMUM_DIMENSIONS} at most", got=str(len(info.shape)))
     if any(size < 0 for size in info.shape):
         raise FrameError("A dimension is negative", got=str(list(info.shape)))
-    size = math.prod(info.shape) * element
-    if size != info.size_bytes:
+    elements = math.prod(info.shape)
+    size = elements * element
+    payload = size if info.codec == pb.CODEC_NONE else check_encoded(info, key.direction, elements)
+    if payload != info.size_bytes:
         raise FrameError(
             "A payload does not fit its shape",
-            expected=f"{size} bytes for {list(info.shape)}",
+            expected=f"{payload} bytes for {list(info.shape)}",
             got=f"{info.size_bytes} bytes",
         )
     if size > maximum_tensor_bytes:
@@ -254,30 +197,47 @@ def check_header(header: pb.TensorHeader, maximum_tensor_bytes: int) -> int:
         check_strides(info.shape, info.strides)
     elif any(stride < 0 for stride in info.strides):
         raise FrameError("A stride is negative", got=str(list(info.strides)))
-    return size
+    return payload
 
 
 class FrameAssembler:
     """Puts the frames of one stream together to messages; keeps no more than one message.
 
-    Allocates only after a header has passed `check_header`, and refuses gaps, repeats and overruns.
+    Allocates only after a header has passed `check_header` and was admitted; refuses gaps, repeats and overruns.
+    `admit` gets each header and the bytes of payload that follow, and says what becomes of the message; it may wait.
+    `shared`, called after that, finds a payload that lies in shared memory (None: skip the message); without it there
+    may be none.
     """
 
-    def __init__(self, maximum_tensor_bytes: int = 8 * 2**30) -> None:
+    def __init__(
+        self,
+        maximum_tensor_bytes: int = 8 * 2**30,
+        admit: Callable[[pb.TensorHeader, int], Admission] = lambda header, size: Admission.KEEP,
+        shared: Callable[[pb.SharedSlot, int], memoryview | None] | None = None,
+    ) -> None:
         self._maximum_tensor_bytes = maximum_tensor_bytes
+        self._admit = admit
+        self._shared = shared
         self._header: pb.TensorHeader | None = None  # of the message in progress
-        self._buffer = memoryview(b"")
+        self._admission = Admission.KEEP
+        self._size = 0
+        self._buffer: memoryview | None = None  # None: skipped
         self._received = 0
         self._sequence = 0
 
+    @property
+    def header(self) -> pb.TensorHeader | None:
+        """The header of the message in progress."""
+        return self._header
+
     def feed(self, data: bytes) -> Message | None:
         """Take one encoded frame; return the message that it completes, or None. FrameError, LimitExceeded."""
-        header, offset, chunk = decode_frame(data)
+        header, offset, chunk, checksum = decode_frame(data)
         if header is not None:
             if self._header is not None:
                 raise FrameError(
                     "A header came inside a message",
-                    expected=f"{self._buffer.nbytes - self._received} more bytes of {self._header.key.value!r}",
+                    expected=f"{self._size - self._received} more bytes of {self._header.key.value!r}",
                 )
             size = check_header(header, self._maximum_tensor_bytes)
             if header.sequence != self._sequence + 1:
@@ -287,22 +247,39 @@ class FrameAssembler:
                     got=str(header.sequence),
                 )
             self._sequence += 1
+            if size == 0 and chunk is not None and chunk.nbytes:
+                raise FrameError("A message without payload has a chunk", got=f"{chunk.nbytes} bytes")
+            admission = self._admit(header, size)
+            kept = admission is not Admission.SKIP
             if size == 0:
-                if chunk is not None and chunk.nbytes:
-                    raise FrameError("A message without payload has a chunk", got=f"{chunk.nbytes} bytes")
-                return Message(header, None)
+                return Message(header, None, kept)
+            if header.tensor.HasField("shared"):
+                return self._in_shared_memory(header, size, chunk, kept)
+            self._header, self._admission, self._size, self._received = header, admission, size, 0
             if chunk is not None and chunk.nbytes == size and offset == 0 and size <= MAXIMUM_CHUNK_BYTES:
-                return Message(header, chunk)
-            self._header, self._received = header, 0
+                self._check(offset, chunk, checksum)
+                return self._whole(chunk)
             # Not zeroed, and aligned for any element type.
-            self._buffer = np.empty(size, np.uint8).data
+            self._buffer = np.empty(size, np.uint8).data if kept else None
         if chunk is None:
             if header is None:
                 raise FrameError("A frame is empty", expected="a header, a chunk, or both")
             return None
-        return self._add(offset, chunk)
+        return self._add(offset, chunk, checksum)
 
-    def _add(self, offset: int, chunk: memoryview) -> Message | None:
+    def _in_shared_memory(self, header: pb.TensorHeader, size: int, chunk: memoryview | None, kept: bool) -> Message:
+        if self._shared is None or chunk is not None:
+            raise FrameError(
+                "A payload in shared memory is not expected",
+                expected="a payload in chunks" if self._shared is None else "no chunk, as the payload lies elsewhere",
+                got=f"slot {header.tensor.shared.slot}",
+            )
+        # Looked at even if it is skipped, so that the sender gets the slot back.
+        payload = self._shared(header.tensor.shared, size)
+        kept = kept and payload is not None
+        return Message(header, payload if kept else None, kept)
+
+    def _add(self, offset: int, chunk: memoryview, checksum: int | None) -> Message | None:
         if self._header is None:
             raise FrameError("A chunk came without a header", got=f"{chunk.nbytes} bytes at offset {offset}")
         if not 0 < chunk.nbytes <= MAXIMUM_CHUNK_BYTES:
@@ -311,18 +288,37 @@ class FrameAssembler:
             )
         if offset != self._received:
             raise FrameError("A chunk is missing or repeated", expected=f"offset {self._received}", got=str(offset))
-        if offset + chunk.nbytes > self._buffer.nbytes:
+        if offset + chunk.nbytes > self._size:
             raise FrameError(
                 "A chunk overruns its tensor",
-                expected=f"{self._buffer.nbytes - offset} bytes at most",
+                expected=f"{self._size - offset} bytes at most",
                 got=str(chunk.nbytes),
             )
-        self._buffer[offset : offset + chunk.nbytes] = chunk
+        self._check(offset, chunk, checksum)
+        if self._buffer is not None:
+            self._buffer[offset : offset + chunk.nbytes] = chunk
         self._received += chunk.nbytes
-        if self._received < self._buffer.nbytes:
-            return None
-        message = Message(self._header, self._buffer)
-        self._header, self._buffer = None, memoryview(b"")
+        return self._whole(self._buffer) if self._received == self._size else None
+
+    def _check(self, offset: int, chunk: memoryview, checksum: int | None) -> None:
+        """Refuse a wrong checksum where they count."""
+        if self._admission is not Admission.KEEP_CHECKED or self._header is None:
+            return
+        actual = crc32c(chunk)
+        if checksum != actual:
+            raise FrameError(
+                f"A chunk at offset {offset} is not what was sent: {message_words(self._header.key)}, "
+                f"entry {self._header.key.entry}",
+                expected="a checksum" if checksum is None else f"CRC-32C {checksum:08x}",
+                got=f"{actual:08x} over {chunk.nbytes} bytes",
+                remedy="look for a fault in the network or the memory of the two machines",
+            )
+
+    def _whole(self, payload: memoryview | None) -> Message:
+        """Return the message in progress, which is whole, and be ready for the next."""
+        kept = self._admission is not Admission.SKIP
+        message = Message(self._header or pb.TensorHeader(), payload if kept else None, kept)
+        self._header = self._buffer = None
         return message
 
     def finish(self) -> None:
@@ -330,6 +326,6 @@ class FrameAssembler:
         if self._header is not None:
             raise FrameError(
                 "A stream ended inside a message",
-                expected=f"{self._buffer.nbytes} bytes of {self._header.key.value!r}",
+                expected=f"{self._size} bytes of {self._header.key.value!r}",
                 got=str(self._received),
             )

@@ -171,6 +171,29 @@ UNANNOTATED_ALIASES: frozenset[str] = frozenset(
 )
 
 
+# Namespaces of torch's own operators: what is not in the allow-list is out, and no custom operator.
+TORCH_NAMESPACES: frozenset[str] = frozenset(
+    (
+        *("aten", "prim", "prims", "python", "higher_order", "c10d", "_c10d_functional", "_c10d_functional_autograd"),
+        *("c10d_functional", "symm_mem", "_dtensor", "device_mesh", "fsdp", "bucketing", "streams", "semi_structured"),
+        *("quantized", "_quantized", "quantized_decomposed", "quantization", "ao", "inductor", "inductor_prims"),
+        *("_inductor_test", "_inductor_debug", "_native", "_test", "_torch_testing", "torch_attn", "flex_lib"),
+        *("debug_mode_ops", "debugprims", "rngprims", "export", "profiler", "static_runtime", "onnx", "cuda"),
+        *("onnx_symbolic", "pippy"),
+        *("sparse", "mkl", "mkldnn", "mkldnn_prepacked", "onednn", "prepacked", "xnnpack", "metal", "tensorexpr"),
+    )
+)
+MAXIMUM_CUSTOM_OPERATORS = 1000
+MAXIMUM_TARGET_BYTES = 200
+MAXIMUM_SCHEMA_BYTES = 4000
+
+
 def is_allowed(target: str) -> bool:
     """Whether a graph may use `target`, such as "aten.linear.default" or "python.add"."""
     return target in ALLOWED_OPERATORS
+
+
+def is_custom(target: str) -> bool:
+    """Whether `target` is a custom operator, such as "mylibrary.scale.default": for its servers to admit."""
+    namespace, _, rest = target.partition(".")
+    return bool(rest) and namespace not in TORCH_NAMESPACES

@@ -1,7 +1,7 @@
 """Programs: the ordered actions of one server for one entry, and their text form.
 
-A program prints as "0F0 0F1 0B0 0F2 0B1 0B2 UPDATE": stage, kind, micro-batch. Schedules (coordinator) make them,
-executors (stage servers) run them.
+A program prints as "0F0 0F1 0B0 0F2 0I1 0I2 0W1 0W2 UPDATE": stage, kind, micro-batch. Schedules (coordinator) make
+them, executors (stage servers) run them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from gradwire_protocol.errors import FrameError
 from gradwire_protocol.v1 import run_pb2
 
 FORWARD = "F"
+# The whole of a backward, or its two parts: gradients of inputs, which others wait for, then gradients of weights.
 BACKWARD = "B"
+INPUT_GRADIENT = "I"
+WEIGHT_GRADIENT = "W"
 REDUCE = "REDUCE"
 NORM = "NORM"
 UPDATE = "UPDATE"
@@ -22,13 +25,15 @@ UPDATE = "UPDATE"
 _TO_PROTO = {
     FORWARD: run_pb2.ACTION_KIND_FORWARD,
     BACKWARD: run_pb2.ACTION_KIND_BACKWARD,
+    INPUT_GRADIENT: run_pb2.ACTION_KIND_INPUT_GRADIENT,
+    WEIGHT_GRADIENT: run_pb2.ACTION_KIND_WEIGHT_GRADIENT,
     REDUCE: run_pb2.ACTION_KIND_REDUCE,
     NORM: run_pb2.ACTION_KIND_NORM,
     UPDATE: run_pb2.ACTION_KIND_UPDATE,
 }
 _FROM_PROTO = {number: kind for kind, number in _TO_PROTO.items()}
-_OF_MICRO_BATCH = frozenset({FORWARD, BACKWARD})
-_TEXT = re.compile(r"(?P<stage>\d+)(?P<kind>[FB])(?P<micro_batch>\d+)|(?P<whole>REDUCE|NORM|UPDATE)")
+OF_MICRO_BATCH = frozenset({FORWARD, BACKWARD, INPUT_GRADIENT, WEIGHT_GRADIENT})
+_TEXT = re.compile(r"(?P<stage>\d+)(?P<kind>[FBIW])(?P<micro_batch>\d+)|(?P<whole>REDUCE|NORM|UPDATE)")
 
 
 class Action(NamedTuple):
@@ -39,7 +44,7 @@ class Action(NamedTuple):
     micro_batch: int
 
     def __str__(self) -> str:
-        return f"{self.stage}{self.kind}{self.micro_batch}" if self.kind in _OF_MICRO_BATCH else self.kind
+        return f"{self.stage}{self.kind}{self.micro_batch}" if self.kind in OF_MICRO_BATCH else self.kind
 
 
 def parse_action(text: str) -> Action:

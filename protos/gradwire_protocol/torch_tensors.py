@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 
-from gradwire_protocol.errors import FrameError
+from gradwire_protocol.checkpoint.files import RawTensor
+from gradwire_protocol.delivery import Payload
+from gradwire_protocol.errors import CheckpointError, FrameError
 from gradwire_protocol.frames import Message
-from gradwire_protocol.safetensors_format import StoredTensor
+from gradwire_protocol.safetensors_format import STORED_TYPES, StoredTensor
 from gradwire_protocol.v1 import tensors_pb2 as pb
 
 DATA_TYPES: dict[torch.dtype, pb.DataType] = {
@@ -26,6 +29,7 @@ DATA_TYPES: dict[torch.dtype, pb.DataType] = {
     torch.complex128: pb.DATA_TYPE_COMPLEX128,
 }
 TORCH_TYPES: dict[int, torch.dtype] = {number: dtype for dtype, number in DATA_TYPES.items()}
+_STORED_NAMES = {TORCH_TYPES[number]: name for name, number in STORED_TYPES.items()}
 
 # torch warns, once a process, that received buffers are read-only. They are, by contract: nobody writes to them.
 with warnings.catch_warnings():
@@ -35,6 +39,8 @@ with warnings.catch_warnings():
 
 def is_dense(tensor: torch.Tensor) -> bool:
     """Whether the elements fill their memory without gap or overlap (strides are permuted contiguous ones)."""
+    if tensor.is_contiguous():
+        return True
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
         if stride != expected:
@@ -67,11 +73,16 @@ def tensor_info(tensor: torch.Tensor) -> pb.TensorInfo:
     )
 
 
+def memory_order(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the elements of a dense tensor as they lie in memory: flat, without a copy."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
 def payload_of(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a dense CPU tensor, in memory order, without a copy. They keep its memory alive."""
     if tensor.numel() == 0:
         return memoryview(b"")
-    flat = tensor.detach().as_strided((tensor.numel(),), (1,))
+    flat = memory_order(tensor.detach())
     if flat.is_complex():
         flat = torch.view_as_real(flat).flatten()
     return flat.view(torch.uint8).numpy().data
@@ -98,3 +109,23 @@ def tensor_from_file(stored: StoredTensor, data_type: int) -> torch.Tensor:
     if stored.size_bytes == 0:
         return torch.empty(stored.shape, dtype=TORCH_TYPES[data_type])
     return torch.frombuffer(stored.read(), dtype=dtype).view(stored.shape).to(TORCH_TYPES[data_type])
+
+
+def raw_tensor(name: str, data_type: torch.dtype, shape: Sequence[int], payload: Payload) -> RawTensor:
+    """Describe a tensor for a file. payload: its bytes in the order of the dimensions.
+
+    CheckpointError for an element type that the files' format does not have.
+    """
+    stored = _STORED_NAMES.get(data_type)
+    if stored is None:
+        raise CheckpointError(
+            f"{name} cannot be written to a checkpoint",
+            expected=", ".join(str(dtype) for dtype in _STORED_NAMES),
+            got=str(data_type),
+        )
+    return RawTensor(name, stored, tuple(shape), payload)
+
+
+def raw_from(name: str, tensor: torch.Tensor) -> RawTensor:
+    """Describe a tensor, on any device, for a file; its bytes are fetched when they are written."""
+    return raw_tensor(name, tensor.dtype, tensor.shape, lambda: payload_of(tensor.detach().cpu().contiguous()))

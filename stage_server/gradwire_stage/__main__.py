@@ -24,9 +24,27 @@ def serve(
     threads: Annotated[int | None, Flag(help="Compute threads.")] = None,
     server: Annotated[str | None, Flag(help="Identifier, unique; default: made up from the host's name.")] = None,
     mailbox_bytes: Annotated[int | None, Flag(help="Limit for messages that wait.")] = None,
+    credit_bytes: Annotated[int | None, Flag(help="Limit for messages of one stream that wait.")] = None,
+    send_bytes: Annotated[int | None, Flag(help="Limit for messages on their way to one peer.")] = None,
     outbox_bytes: Annotated[int | None, Flag(help="Limit for results that wait.")] = None,
     tensor_bytes: Annotated[int | None, Flag(help="Limit for a single tensor.")] = None,
     weights_root: Annotated[Path | None, Flag(help="Directory that runs may load safetensors files from.")] = None,
+    checkpoint_root: Annotated[
+        Path | None, Flag(help="Directory of checkpoints that servers write and read; one for all services.")
+    ] = None,
+    operators: Annotated[
+        list[str] | None,
+        Flag(help="Module, or path of one, whose custom operators models may use; imported at start. Repeatable."),
+    ] = None,
+    shared_memory: Annotated[
+        bool | None,
+        Flag("--shared-memory/--no-shared-memory", help="Large payloads go to servers of the same host in memory."),
+    ] = None,
+    shared_memory_bytes: Annotated[int | None, Flag(help="Limit for that memory; default: 1/16 of the host's.")] = None,
+    shared_memory_threshold_bytes: Annotated[int | None, Flag(help="The smallest payload for it.")] = None,
+    shared_memory_directory: Annotated[
+        Path | None, Flag(help="Where these servers find each other; a volume of all their containers.")
+    ] = None,
     tls_authority: Annotated[Path | None, Flag(help="PEM file of the authority that both sides trust.")] = None,
     tls_certificate: Annotated[Path | None, Flag(help="PEM file of this server's certificate.")] = None,
     tls_key: Annotated[Path | None, Flag(help="PEM file of this server's key.")] = None,
@@ -38,6 +56,7 @@ def serve(
     """Serve pipeline stages until SIGTERM. Settings: flags over GRADWIRE_STAGE_* over the file."""
     flags: dict[str, Any] = dict(locals())
     file = flags.pop("config")
+    flags["operators"] = operators or None
     if flags.pop("watch_parent"):
         watch_stdin()
     try:

@@ -3,30 +3,53 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
-from gradwire_protocol.program import BACKWARD, FORWARD, Action
+from gradwire_protocol.program import BACKWARD, FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Action
+from gradwire_stage.timeline import Timeline
 
-_WORDS = {FORWARD: "forward", BACKWARD: "backward"}
+_WORDS = {
+    FORWARD: "forward",
+    BACKWARD: "backward",
+    INPUT_GRADIENT: "input gradients",
+    WEIGHT_GRADIENT: "weight gradients",
+}
 
 
 class Progress:
-    """Where a run stands. `advance` is thread-safe; the rest is written by the compute thread only."""
+    """Where a run stands. `advance` and its like are thread-safe; the rest is written by the compute thread only."""
 
     def __init__(self) -> None:
         self.entry = 0  # in progress, or last finished
         self.action: Action | None = None
         self.doing = ""  # what an entry without a program does
+        self.timeline: Timeline[Any] | None = None
         self._lock = threading.Lock()
-        self._count = 0
+        self._count = self._client_count = 0
 
     @property
     def count(self) -> int:
         return self._count
 
+    @property
+    def client_count(self) -> int:
+        return self._client_count
+
+    @property
+    def phase(self) -> str:
+        """Phase of the compute thread; empty before its first."""
+        return "" if self.timeline is None else self.timeline.phase
+
     def advance(self) -> None:
-        """Count an action begun or finished, a message received or sent."""
+        """Count an action begun or finished, a frame or message received or sent."""
         with self._lock:
             self._count += 1
+
+    def advance_client(self) -> None:
+        """Count a frame that the client sent or collected."""
+        with self._lock:
+            self._count += 1
+            self._client_count += 1
 
     def begin(self, action: Action) -> None:
         self.action = action

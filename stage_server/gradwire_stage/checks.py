@@ -9,7 +9,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 from gradwire_protocol.channels import parse_address
-from gradwire_protocol.errors import CheckpointError, FrameError, LimitExceeded, PlanError, StaleGeneration
+from gradwire_protocol.checkpoint.requests import check_save, check_stored
+from gradwire_protocol.codecs import NAME_OF_CODEC
+from gradwire_protocol.errors import FrameError, LimitExceeded, StaleGeneration
 from gradwire_protocol.frames import (
     ELEMENT_BYTES,
     MAXIMUM_DIMENSIONS,
@@ -17,8 +19,9 @@ from gradwire_protocol.frames import (
     MAXIMUM_STATE_BYTES,
     MAXIMUM_VALUE_BYTES,
 )
-from gradwire_protocol.program import BACKWARD, FORWARD, NORM, REDUCE, UPDATE, Action, program_from_proto
+from gradwire_protocol.program import Action, program_from_proto
 from gradwire_protocol.v1 import graph_pb2, run_pb2, stage_pb2, tensors_pb2
+from gradwire_stage.program_checks import check_program
 
 MAXIMUM_STAGES = 4096
 MAXIMUM_MICRO_BATCHES = 65536
@@ -71,6 +74,13 @@ def check_prepare(request: stage_pb2.PrepareRequest, server: str) -> stage_pb2.P
         request.loss_form,
     )
     _refuse_unless(request.precision in _PRECISIONS, "Wrong precision", "unspecified or BFLOAT16", request.precision)
+    codecs = list(request.activation_codecs)
+    _refuse_unless(
+        not codecs or (len(codecs) == request.stages - 1 and NAME_OF_CODEC.keys() >= set(codecs)),
+        "Wrong codecs of boundary values",
+        f"none, or {request.stages - 1} known ones",
+        codecs,
+    )
     own = _check_peers(request)
     placements = _check_placements(request, own)
     _check_segments(request, own, placements)
@@ -180,6 +190,33 @@ def _check_segments(request: stage_pb2.PrepareRequest, own: stage_pb2.Peer, plac
             )
 
 
+def check_bounds(request: stage_pb2.PrepareRequest, mailbox_bytes: int) -> None:
+    """Refuse bounds that are none, and a schedule whose messages do not fit into the mailbox."""
+    seen: set[tuple[int, int, str]] = set()
+    needed = 0
+    for bound in request.bounds:
+        check_name(bound.value, "A bounded value")
+        item = (bound.direction, bound.source_stage, bound.value)
+        _refuse_unless(
+            bound.direction in (tensors_pb2.DIRECTION_FORWARD, tensors_pb2.DIRECTION_BACKWARD)
+            and bound.source_stage < request.stages
+            and item not in seen
+            and 1 <= bound.messages <= MAXIMUM_MICRO_BATCHES,
+            f"A wrong bound for the messages of {bound.value!r}",
+            "FORWARD or BACKWARD of a stage, each once, and a message at least",
+            bound,
+        )
+        seen.add(item)
+        needed += bound.messages * bound.message_bytes
+    if needed > mailbox_bytes:
+        raise LimitExceeded(
+            "The schedule puts more on its way to this server than its mailbox holds",
+            expected=f"{mailbox_bytes} bytes at most",
+            got=f"{needed} bytes",
+            remedy="use more, smaller micro-batches or the schedule 1f1b, or raise --mailbox-bytes on the stage server",
+        )
+
+
 def check_memory(request: stage_pb2.PrepareRequest, memory_bytes: int, state_factor: int) -> int:
     """Refuse a run whose state alone is above the device's memory; return the bytes of its tensors."""
     state = trained = 0
@@ -228,11 +265,10 @@ def check_entry(
     _refuse_unless(kind is not None, "An entry has no kind", "one that this version knows", "none")
     if kind == "load_state":
         _check_optimizer_state(entry.load_state.optimizer_state)
+        if entry.load_state.HasField("checkpoint"):
+            check_stored(entry.load_state.checkpoint)
     elif kind == "save_state":
-        raise CheckpointError(
-            "Stage servers of this version write no checkpoints",
-            remedy="let the client collect the state and write it: trainer.save(path)",
-        )
+        check_save(entry.save_state)
     program = program_from_proto(request.program)
     if kind not in _GRAPH_OF_ENTRY:
         _refuse_unless(not program, f"An entry of kind {kind} has a program", "none", len(program))
@@ -248,7 +284,7 @@ def check_entry(
         f"indices {indices[:20]}, rows {[item.rows for item in micro_batches[:20]]}",
     )
     own = [item.index for item in micro_batches if item.replica == replica]
-    _check_program(program, stages.get(_GRAPH_OF_ENTRY[kind], ()), own, train=kind == "train_step")
+    check_program(program, stages.get(_GRAPH_OF_ENTRY[kind], ()), own, train=kind == "train_step")
     return program
 
 
@@ -269,31 +305,3 @@ def _check_optimizer_state(names: Sequence[run_pb2.OptimizerStateName]) -> None:
         name = (item.parameter, item.state)
         _refuse_unless(name not in seen, "A value of the optimizer's state is named twice", "unique names", name)
         seen.add(name)
-
-
-def _check_program(program: list[Action], stages: Sequence[int], micro_batches: list[int], *, train: bool) -> None:
-    """Each micro-batch once through each stage here, backward behind forward; of the rest, one each, in order."""
-    whole = [action.kind for action in program if action.kind not in (FORWARD, BACKWARD)]
-    parts = [action for action in program if action.kind in (FORWARD, BACKWARD)]
-    expected = {
-        Action(stage, kind, index)
-        for stage in stages
-        for kind in ((FORWARD, BACKWARD) if train else (FORWARD,))
-        for index in micro_batches
-    }
-    position = {action: place for place, action in enumerate(parts)}
-    if (
-        len(parts) != len(expected)
-        or position.keys() != expected
-        or [action.kind for action in program[len(parts) :]] != whole
-        or whole not in ([[UPDATE], [REDUCE, UPDATE], [NORM, UPDATE], [REDUCE, NORM, UPDATE]] if train else [[]])
-        or any(
-            position[action] < position[action._replace(kind=FORWARD)] for action in parts if action.kind == BACKWARD
-        )
-    ):
-        raise PlanError(
-            "A program does not do what its entry needs",
-            expected=f"{len(expected)} actions for stages {list(stages)}, each once"
-            + (", backward behind forward, then REDUCE, NORM, UPDATE as needed" if train else ", forward only"),
-            got=" ".join(map(str, program))[:500],
-        )

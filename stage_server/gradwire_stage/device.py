@@ -22,6 +22,7 @@ from gradwire_protocol.delivery import Payload
 from gradwire_protocol.errors import SettingsError
 from gradwire_protocol.torch_tensors import payload_of
 from gradwire_protocol.v1 import coordinator_pb2
+from gradwire_stage.codecs.registry import Encoded
 from gradwire_stage.timeline import Clock, HostClock
 
 _MEASURE_SECONDS = 0.05
@@ -33,6 +34,7 @@ class Arrived:
 
     tensor: torch.Tensor
     done: Any = None  # event of the copy's stream; None where there is nothing to wait for
+    encoded: Encoded | None = None  # how to make the tensor of it, where it travelled under a codec
 
 
 class Device(Protocol):
@@ -49,11 +51,11 @@ class Device(Protocol):
     def payload(self, tensor: torch.Tensor) -> Payload:
         """Return the bytes of a dense tensor, as it is now. Does not wait; nobody may write to it afterwards."""
 
-    def receive(self, tensor: torch.Tensor) -> Arrived:
-        """Begin to bring a tensor from host memory to the device. Any thread."""
+    def receive(self, tensor: torch.Tensor, encoded: Encoded | None = None) -> Arrived:
+        """Begin to bring a tensor, or the payload that it is encoded in, from host memory to the device. Any thread."""
 
     def claim(self, arrived: Arrived) -> torch.Tensor:
-        """Return a tensor that the compute thread can use from now on. Compute thread only."""
+        """Return a tensor, decoded, that the compute thread can use from now on. Compute thread only."""
 
     def numbers(self, tensors: Sequence[torch.Tensor]) -> list[float]:
         """Return the values of 0-d tensors, after waiting for the device once."""
@@ -107,7 +109,7 @@ def _rates(device: torch.device, size: int, synchronize: Callable[[], None]) -> 
     return flops, copied
 
 
-def _host_memory_bytes() -> int:
+def host_memory_bytes() -> int:
     """Return the memory that this process may use: the machine's, or its control group's if that is less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
@@ -145,11 +147,11 @@ class CpuDevice:
     def payload(self, tensor: torch.Tensor) -> Payload:
         return payload_of(tensor)
 
-    def receive(self, tensor: torch.Tensor) -> Arrived:
-        return Arrived(tensor)
+    def receive(self, tensor: torch.Tensor, encoded: Encoded | None = None) -> Arrived:
+        return Arrived(tensor, encoded=encoded)
 
     def claim(self, arrived: Arrived) -> torch.Tensor:
-        return arrived.tensor
+        return arrived.tensor if arrived.encoded is None else arrived.encoded.decode(arrived.tensor)
 
     def numbers(self, tensors: Sequence[torch.Tensor]) -> list[float]:
         return [float(tensor.detach()) for tensor in tensors]
@@ -162,7 +164,7 @@ class CpuDevice:
         return coordinator_pb2.DeviceInfo(
             kind="cpu",
             name=_processor_name(),
-            memory_bytes=_host_memory_bytes(),
+            memory_bytes=host_memory_bytes(),
             threads=self._threads,
             flops_per_second=flops,
             bytes_per_second=copied,
@@ -225,7 +227,7 @@ class CudaDevice:
 
         return wait
 
-    def receive(self, tensor: torch.Tensor) -> Arrived:
+    def receive(self, tensor: torch.Tensor, encoded: Encoded | None = None) -> Arrived:
         # Received memory is not pinned, and a copy from it would make the host wait.
         pinned = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, pin_memory=True)
         pinned.copy_(tensor)
@@ -233,7 +235,7 @@ class CudaDevice:
             on_device = pinned.to(self.torch_device, non_blocking=True)
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(self._inwards)
-        return Arrived(on_device, done)
+        return Arrived(on_device, done, encoded)
 
     def claim(self, arrived: Arrived) -> torch.Tensor:
         if arrived.done is not None:
@@ -241,7 +243,7 @@ class CudaDevice:
             compute.wait_event(arrived.done)
             # Made on the copying stream: its memory must not go back there while computing reads it.
             arrived.tensor.record_stream(compute)
-        return arrived.tensor
+        return arrived.tensor if arrived.encoded is None else arrived.encoded.decode(arrived.tensor)
 
     def numbers(self, tensors: Sequence[torch.Tensor]) -> list[float]:
         if not tensors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,20 +16,30 @@ from gradwire_protocol.v1 import graph_pb2, run_pb2
 from gradwire_protocol.v1 import tensors_pb2 as pb
 from gradwire_stage import timeline as phases
 from gradwire_stage.gradients import Gradients
-from gradwire_stage.mailbox import Key
+from gradwire_stage.keys import Key
 from gradwire_stage.optimizer import StateValue
 from gradwire_stage.passes import Passes, put_result, take, take_tensor
 from gradwire_stage.run_state import RunState
+from gradwire_stage.snapshot import is_saved, save_state
+from gradwire_stage.stored_state import StoredState
 from gradwire_stage.timeline import Timeline
 from gradwire_stage.weights import ServerWeights
 
 
 def run_entry(
-    run: RunState, timeline: Timeline[Any], entry: run_pb2.Entry, program: list[Action]
+    run: RunState,
+    timeline: Timeline[Any],
+    entry: run_pb2.Entry,
+    program: list[Action],
+    on_saved: Callable[[run_pb2.SavedPart], None],
 ) -> run_pb2.EntryReport:
-    """Do a checked entry and its program; return the report, whose time ends here."""
+    """Do a checked entry and its program; return the report, whose time ends here.
+
+    on_saved: called, on another thread, when what a SaveState entry has copied is written, or could not be.
+    """
     report = run_pb2.EntryReport(entry=entry.number, generation=entry.generation)
     kind = entry.WhichOneof("kind")
+    run.mailbox.begin(entry.number, training=kind == "train_step")
     match kind:
         case "load_state":
             _load_state(run, timeline, entry.number, entry.load_state)
@@ -40,6 +51,8 @@ def run_entry(
             _forward_only(run, timeline, entry, program, graph_pb2.GRAPH_KIND_PREDICT, report)
         case "fetch_state":
             _fetch_state(run, timeline, entry.number, optimizer_state=entry.fetch_state.optimizer_state)
+        case "save_state":
+            save_state(run, timeline, entry, on_saved)
         case _:
             raise InternalError(f"An entry of kind {kind} passed the checks")
     run.mailbox.finish(entry.number)
@@ -71,16 +84,22 @@ def _train_step(
     gradients = Gradients(run, timeline, passes, entry=entry.number, step=step)
     loss_stage = run.loss_stage.get(graph_pb2.GRAPH_KIND_TRAIN)
     for action, following in itertools.zip_longest(program, program[1:]):
+        run.check()
         run.progress.begin(action)
         match action.kind:
             case kinds.FORWARD:
                 # Where the backward comes next, keeping takes no more memory at the peak than running it again would.
-                keep = not run.recompute or following == action._replace(kind=kinds.BACKWARD)
+                backwards = [action._replace(kind=kind) for kind in (kinds.BACKWARD, kinds.INPUT_GRADIENT)]
+                keep = not run.recompute or following in backwards
                 passes.forward(action.stage, action.micro_batch, keep=keep)
                 if action.stage == loss_stage:
                     gradients.send_weight()
             case kinds.BACKWARD:
                 passes.backward(action.stage, action.micro_batch)
+            case kinds.INPUT_GRADIENT:
+                passes.backward(action.stage, action.micro_batch, split=True)
+            case kinds.WEIGHT_GRADIENT:
+                passes.weight_gradients(action.stage, action.micro_batch)
             case kinds.REDUCE:
                 gradients.reduce()
             case kinds.NORM:
@@ -113,6 +132,7 @@ def _forward_only(
         run, timeline, entry=entry.number, graph=graph, rows=_rows(run, micro_batches), step=run.weight_version
     )
     for action in program:
+        run.check()
         run.progress.begin(action)
         passes.forward(action.stage, action.micro_batch)
         run.progress.advance()
@@ -124,9 +144,11 @@ def _load_state(run: RunState, timeline: Timeline[Any], entry: int, load: run_pb
     """Fill the tensors that the segments use, from the client or from files, and give the optimizer its state."""
     run.progress.doing = "taking the model's state"
     timeline.switch(phases.DECODE)
+    stored = StoredState(load.checkpoint, run.checkpoint_root) if load.HasField("checkpoint") else None
     weights = ServerWeights(load, run.weights_root, (placement.spec for placement in run.placements.values()))
     for name, placement in run.placements.items():
-        received = weights.read(placement.spec)
+        run.check()
+        received = weights.read(placement.spec) if stored is None else stored.read(placement.spec)
         if received is None:
             received = take_tensor(run, timeline, Key(entry, 0, name, pb.DIRECTION_STATE, 0))
         tensor = run.tensors[name]
@@ -144,10 +166,21 @@ def _load_state(run: RunState, timeline: Timeline[Any], entry: int, load: run_pb
     for item in load.optimizer_state:
         if item.parameter in run.parameters:
             key = Key(entry, 0, item.parameter, pb.DIRECTION_STATE, 0, item.state)
-            states.setdefault(item.parameter, {})[item.state] = _take_state(run, timeline, key)
+            value = _take_state(run, timeline, key) if stored is None else stored.state(item)
+            states.setdefault(item.parameter, {})[item.state] = value
             run.progress.advance()
+    if stored is not None:
+        _pass_on(run, timeline, entry, stored)
     run.optimizer.restore(states)
     run.weight_version = load.weight_version
+
+
+def _pass_on(run: RunState, timeline: Timeline[Any], entry: int, stored: StoredState) -> None:
+    """Leave what no server holds for the client, if this server is the first; see that all was of one checkpoint."""
+    if 0 in run.stages:
+        for name, tensor in stored.kept():
+            put_result(run, timeline, entry, run.result(entry, 0, name, tensor, stage=run.first_stage))
+    stored.check_unchanged()
 
 
 def _take_state(run: RunState, timeline: Timeline[Any], key: Key) -> StateValue:
@@ -164,10 +197,7 @@ def _fetch_state(run: RunState, timeline: Timeline[Any], entry: int, *, optimize
     timeline.switch(phases.ENCODE)
     for name, tensor in run.tensors.items():
         spec = run.placements[name].spec
-        kept = spec.kind == graph_pb2.TENSOR_KIND_PARAMETER or (
-            spec.kind == graph_pb2.TENSOR_KIND_BUFFER and spec.persistent
-        )
-        if kept and run.owns(name):
+        if is_saved(spec) and run.owns(name):
             copy = dense(tensor.detach()).clone()
             put_result(run, timeline, entry, run.result(entry, 0, name, copy, stage=run.first_stage))
             run.progress.advance()

@@ -23,6 +23,9 @@ from gradwire_stage.entries import run_entry
 from gradwire_stage.run_state import RunState
 from gradwire_stage.timeline import Timeline
 
+# What the coordinator gets: of each entry, and how the writing of a SaveState entry went.
+Report = run_pb2.EntryReport | run_pb2.SavedPart
+
 # An honest coordinator has at most a window (16) open.
 MAXIMUM_OPEN_ENTRIES = 64
 
@@ -42,7 +45,7 @@ class Executor:
         self.run = build(self.fail)
         self._on_end = on_end
         self._entries: queue.SimpleQueue[tuple[run_pb2.Entry, list[Action]] | None] = queue.SimpleQueue()
-        self._reports: queue.SimpleQueue[run_pb2.EntryReport | GradwireError | None] = queue.SimpleQueue()
+        self._reports: queue.SimpleQueue[Report | GradwireError | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._end: GradwireError | None = None  # why the run ends early
         self._next_number: int | None = None
@@ -69,8 +72,11 @@ class Executor:
         """No more entries will come: the run ends, in good order, after those that are queued."""
         self._entries.put(None)
 
-    def reports(self) -> Iterator[run_pb2.EntryReport]:
-        """Yield a report for each entry; ends with the run, or raises why it ended early."""
+    def reports(self) -> Iterator[Report]:
+        """Yield a report for each entry; ends with the run, or raises why it ended early.
+
+        What was written of a SaveState entry comes when it is, in no order with the reports.
+        """
         while (report := self._reports.get()) is not None:
             if isinstance(report, GradwireError):
                 raise report
@@ -134,14 +140,16 @@ class Executor:
         """Return None when all entries are done, or why the run was ended between two of them."""
         run = self.run
         run.device.enter_compute_thread()
-        timeline = Timeline(run.device.clock())
+        timeline = run.progress.timeline = Timeline(run.device.clock())
         while (item := self._entries.get()) is not None:
             if self._end is not None:
                 break
             entry, program = item
             run.progress.entry = entry.number
-            report = run_entry(run, timeline, entry, program)
+            run.progress.advance()
+            report = run_entry(run, timeline, entry, program, self._reports.put)
             run.progress.action, run.progress.doing = None, ""
+            run.progress.advance()
             self._reports.put(report)
         return self._end
 

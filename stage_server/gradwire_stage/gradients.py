@@ -14,7 +14,7 @@ from gradwire_protocol.torch_tensors import dense
 from gradwire_protocol.v1 import graph_pb2, run_pb2
 from gradwire_protocol.v1 import tensors_pb2 as pb
 from gradwire_stage import timeline as phases
-from gradwire_stage.mailbox import Key
+from gradwire_stage.keys import Key
 from gradwire_stage.passes import Passes, put_result, take_tensor
 from gradwire_stage.run_state import RunState
 from gradwire_stage.timeline import Timeline

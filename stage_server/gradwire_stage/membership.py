@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,8 @@ from gradwire_protocol.v1 import coordinator_pb2, coordinator_pb2_grpc, stage_pb
 _FIRST_RETRY_SECONDS = 0.1
 _LONGEST_RETRY_SECONDS = 5.0
 _CALL_SECONDS = 5.0
+# A run does not outlive its coordinator's silence by more than this, and one call.
+SILENCE_SECONDS = 20.0
 # Bounds for what a coordinator asks for.
 _SHORTEST_HEARTBEAT_SECONDS = 0.05
 _LONGEST_HEARTBEAT_SECONDS = 60.0
@@ -29,7 +32,8 @@ _log = structlog.get_logger(__name__)
 class Membership:
     """A thread that keeps one server registered, from `start` to `stop`.
 
-    `activity` tells what the server is doing, for each heartbeat.
+    `activity` tells what the server is doing, for each heartbeat. `on_silence` is called when none of them has been
+    answered for `silence_seconds`: the coordinator is frozen or cut off, although connections to it may stand.
     """
 
     def __init__(
@@ -38,11 +42,16 @@ class Membership:
         coordinator: str,
         registration: coordinator_pb2.RegisterRequest,
         activity: Callable[[], stage_pb2.Activity],
+        *,
+        on_silence: Callable[[str], None] = lambda reason: None,
+        silence_seconds: float = SILENCE_SECONDS,
     ) -> None:
         self._stub = coordinator_pb2_grpc.CoordinatorServiceStub(channel)  # type: ignore[no-untyped-call]
         self._target = f"coordinator at {coordinator}"
         self._registration = registration
         self._activity = activity
+        self._on_silence = on_silence
+        self._silence_seconds = silence_seconds
         self._stop = threading.Event()
         self._perhaps_known = False  # a call may have arrived although its reply has not
         self._in_flight: Any = None
@@ -95,8 +104,9 @@ class Membership:
 
     def _heartbeat(self, interval_seconds: float) -> None:
         """Send heartbeats until the coordinator does not know this server any more, or the end."""
-        lost = False
+        silent_seconds = 0.0
         while not self._stop.wait(interval_seconds):
+            sent_at = time.monotonic()
             request = coordinator_pb2.HeartbeatRequest(server=self._registration.server, activity=self._activity())
             try:
                 self._call(self._stub.Heartbeat, request)
@@ -105,11 +115,14 @@ class Membership:
                 _log.info("the coordinator has forgotten this server", coordinator=self._target)
                 return
             except GradwireError as error:
-                if not lost and not self._stop.is_set():
+                if not silent_seconds and not self._stop.is_set():
                     _log.warning("a heartbeat failed", error=str(error))
-                lost = True
+                # Time in which this process was stopped itself does not count.
+                silent_seconds += interval_seconds + min(time.monotonic() - sent_at, _CALL_SECONDS)
+                if silent_seconds >= self._silence_seconds:
+                    self._on_silence(f"the {self._target} has not answered for {silent_seconds:.0f} s")
             else:
-                lost = False
+                silent_seconds = 0.0
 
     def _call(self, method: Any, request: Any, timeout_seconds: float = _CALL_SECONDS) -> Any:
         # As a future, so that `stop` can end it.

@@ -10,6 +10,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from gradwire_protocol.codecs import NAME_OF_CODEC
 from gradwire_protocol.v1 import run_pb2
 from gradwire_protocol.v1 import tensors_pb2 as pb
 from gradwire_stage.timeline import BUSY, IDLE
@@ -58,9 +59,24 @@ class StageMetrics:
         )
         self.transferred = Counter(
             "gradwire_transfer_bytes",
-            "Payload bytes of whole messages",
-            ["run", "peer", "direction", "kind"],
+            "Payload bytes of whole messages, as encoded",
+            ["run", "peer", "direction", "kind", "codec"],
             registry=registry,
+        )
+        self.shared = Counter(
+            "gradwire_shared_memory_transfer_bytes",
+            "Payload bytes of whole messages that went to a peer through shared memory; also part of all its bytes",
+            ["run", "peer"],
+            registry=registry,
+        )
+        self.shared_fallbacks = Counter(
+            "gradwire_shared_memory_fallbacks",
+            "Peers that share no memory, by why not, and payloads that found no free slot",
+            ["reason"],
+            registry=registry,
+        )
+        self.shared_memory_bytes = Gauge(
+            "gradwire_shared_memory_bytes", "Bytes of memory for payloads to servers of this host", registry=registry
         )
         self.transfer_seconds = Histogram(
             "gradwire_transfer_seconds",
@@ -105,22 +121,28 @@ class RunMetrics:
         # Series by (metric, labels): looking one up costs more than counting.
         self._series: dict[tuple[Any, tuple[str, ...]], Any] = {}
 
-    def sent(self, peer: str, direction: pb.Direction, size_bytes: int, seconds: float) -> None:
+    def sent(self, peer: str, direction: pb.Direction, codec: int, size_bytes: int, seconds: float) -> None:
         """Count a message that a peer has receipted."""
         kind = KINDS[direction]
-        self._count(self._metrics.transferred, (self._run, peer, SENT, kind), size_bytes)
+        self._count(self._metrics.transferred, (self._run, peer, SENT, kind, _name(codec)), size_bytes)
         with self._lock:
             series = self._get(self._metrics.transfer_seconds, (self._run, peer, kind))
             if series is not None:
                 series.observe(seconds)
 
+    def shared(self, peer: str, size_bytes: int) -> None:
+        """Count, of a message that a peer has receipted, that it went through shared memory."""
+        self._count(self._metrics.shared, (self._run, peer), size_bytes)
+
     def collected(self, size_bytes: int) -> None:
         """Count a result that was handed to the client's stream."""
-        self._count(self._metrics.transferred, (self._run, "client", SENT, KINDS[pb.DIRECTION_RESULT]), size_bytes)
+        labels = (self._run, "client", SENT, KINDS[pb.DIRECTION_RESULT], _name(pb.CODEC_NONE))
+        self._count(self._metrics.transferred, labels, size_bytes)
 
-    def received(self, peer: str, direction: pb.Direction, size_bytes: int) -> None:
+    def received(self, peer: str, direction: pb.Direction, codec: int, size_bytes: int) -> None:
         """Count a whole message that came in."""
-        self._count(self._metrics.transferred, (self._run, peer, RECEIVED, KINDS[direction]), size_bytes)
+        labels = (self._run, peer, RECEIVED, KINDS[direction], _name(codec))
+        self._count(self._metrics.transferred, labels, size_bytes)
 
     def timing(self, timing: run_pb2.Timing, *, step: bool) -> None:
         """Count where an entry's time went."""
@@ -174,3 +196,8 @@ class RunMetrics:
             series = self._get(metric, labels)
             if series is not None:
                 series.set(value)
+
+
+def _name(codec: int) -> str:
+    """Return a codec's name; "none" for messages without a tensor, whose codec is 0."""
+    return NAME_OF_CODEC.get(codec, "none")

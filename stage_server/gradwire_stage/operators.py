@@ -47,7 +47,7 @@ def resolve(target: str) -> Callable[..., Any]:
             f"Operator '{target[:200]}' is not allowed in a graph",
             expected="an operator of the allow-list (gradwire_protocol/operators.py)",
             got=target[:200],
-            remedy="use the same version of Gradwire for client and servers",
+            remedy="use the same version of Gradwire for client and servers; custom operators need --operators MODULE",
         )
     if target in PYTHON_IMPLEMENTATIONS:
         return PYTHON_IMPLEMENTATIONS[target]

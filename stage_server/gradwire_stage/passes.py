@@ -15,7 +15,7 @@ from gradwire_protocol.errors import FrameError, PlanError
 from gradwire_protocol.v1 import graph_pb2, run_pb2
 from gradwire_protocol.v1 import tensors_pb2 as pb
 from gradwire_stage import timeline as phases
-from gradwire_stage.mailbox import Key
+from gradwire_stage.keys import Key
 from gradwire_stage.outbox import Result
 from gradwire_stage.peers import Incoming, Value
 from gradwire_stage.recomputation import Inputs
@@ -98,6 +98,8 @@ class Passes:
         self._step = step
         self._record = graph == graph_pb2.GRAPH_KIND_TRAIN
         self._open: dict[tuple[int, int], _Open] = {}
+        # Between the two parts of a split backward.
+        self._split: dict[tuple[int, int], SegmentPass] = {}
         # Messages that several segments here read, and how many are still to do so.
         self._shared: dict[Key, tuple[Incoming, int]] = {}
         # Of the last stage: (micro-batch, loss, weight).
@@ -109,6 +111,7 @@ class Passes:
         if segment is None:
             raise PlanError(f"Stage {stage} has no segment of the graph", got=graph_pb2.GraphKind.Name(self._graph))
         timeline = self._timeline
+        self._run.mailbox.begin(self._entry, micro_batch, training=self._record)
         routes = self._run.routes[self._graph, stage]
         values: dict[str, Value] = {}
         wanted: list[Input] = []
@@ -126,7 +129,7 @@ class Passes:
             if isinstance(value, torch.Tensor) and value.requires_grad:
                 expected[output.value] = output.gradient_from
             key = Key(self._entry, micro_batch, output.value, pb.DIRECTION_FORWARD, stage)
-            self._run.peers.send(output.servers, key, value)
+            self._run.peers.send(output.servers, key, value, output.codecs)
         for name, value in made.results.items():
             put_result(
                 self._run, timeline, self._entry, self._run.result(self._entry, micro_batch, name, value, stage=stage)
@@ -136,9 +139,10 @@ class Passes:
         if self._record:
             self._open[stage, micro_batch] = _Open(made if made.inputs is None else made.inputs, wanted, expected)
 
-    def backward(self, stage: int, micro_batch: int) -> None:
+    def backward(self, stage: int, micro_batch: int, *, split: bool = False) -> None:
         """Run the backward of a stage's segment: gradients of its parameters add up, those of its inputs go out.
 
+        With `split` the gradients of its weights are left to `weight_gradients`, as far as they can be.
         A forward that was not kept is run again first, and its time counts as forward: it needs no gradient, which may
         still be on its way.
         """
@@ -162,11 +166,21 @@ class Passes:
             if source.gradient_from is not None
         }
         timeline.switch(phases.BACKWARD)
-        made = segment_pass.backward(gradients, relayed, self._loss_gradient(stage, micro_batch))
+        loss_gradient = self._loss_gradient(stage, micro_batch)
+        if split:
+            made = segment_pass.backward_input(gradients, relayed, loss_gradient)
+            self._split[stage, micro_batch] = segment_pass
+        else:
+            made = segment_pass.backward(gradients, relayed, loss_gradient)
         timeline.switch(phases.ENCODE)
         for source in state.wanted:
             key = Key(self._entry, micro_batch, source.value, pb.DIRECTION_BACKWARD, stage)
-            run.peers.send(source.gradient_to, key, made[source.value])
+            run.peers.send(source.gradient_to, key, made[source.value], source.gradient_codecs)
+
+    def weight_gradients(self, stage: int, micro_batch: int) -> None:
+        """Add up the gradients that a split backward has left."""
+        self._timeline.switch(phases.WEIGHT)
+        self._split.pop((stage, micro_batch)).backward_weight()
 
     def own_weight(self) -> torch.Tensor | None:
         """Return the total weight of the losses made here, 0-d float64 on the device; None before the last of them."""

@@ -7,18 +7,28 @@ network and waiting for copies from the device happen on the streams' own thread
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import structlog
 import torch
 
-from gradwire_protocol.delivery import Delivered, FrameSender
+from gradwire_protocol.codecs import set_codec
+from gradwire_protocol.delivery import Delivered, FrameSender, Payload
 from gradwire_protocol.errors import GradwireError
 from gradwire_protocol.torch_tensors import dense, tensor_info
+from gradwire_protocol.v1 import stage_pb2
 from gradwire_protocol.v1 import tensors_pb2 as pb
+from gradwire_stage.arrivals import EXCHANGE
+from gradwire_stage.codecs.registry import encode
 from gradwire_stage.device import Arrived, Device
-from gradwire_stage.mailbox import Key, Mailbox
+from gradwire_stage.keys import Key
+from gradwire_stage.mailbox import Mailbox
+from gradwire_stage.shared_memory import SharedMemory, SharedSender, offers_to
 
 Number = int | float | bool
 Value = torch.Tensor | Number
@@ -27,7 +37,9 @@ Value = torch.Tensor | Number
 Incoming = tuple[Arrived, bool] | Number | pb.Absent
 ABSENT = pb.Absent()
 
-_EXCHANGE = frozenset({pb.DIRECTION_TIED, pb.DIRECTION_NORM, pb.DIRECTION_WEIGHT})
+_NO_CODECS: Mapping[str, pb.Codec] = MappingProxyType({})
+# Of payloads that one peer has not receipted, on each of the two streams to it, before `send` waits.
+SEND_BYTES = 128 * 2**20
 
 _log = structlog.get_logger(__name__)
 
@@ -59,10 +71,19 @@ def make_header(run: str, generation: int, key: Key, value: Value | None) -> pb.
     return header
 
 
+@dataclass(frozen=True, slots=True)
+class WaitingForRoom:
+    """A server that is to take what was sent to it, and since when this one waits (time.monotonic)."""
+
+    server: str
+    since: float
+
+
 class Peers:
     """The servers of a run, as one of them sees them. `send` is for the compute thread only.
 
-    `on_failure` gets the first failure of any stream, on that stream's thread; `on_sent` is called for each receipt.
+    `on_failure` gets the first failure of any stream, on that stream's thread; `on_frame` is called for each frame that
+    the network takes, `on_sent` for each receipt.
     """
 
     def __init__(
@@ -75,6 +96,11 @@ class Peers:
         open_channel: Callable[[str], Any],
         mailbox: Mailbox[Incoming],
         device: Device,
+        shared_memory: SharedMemory,
+        send_bytes: int,
+        checksums: bool,
+        pause: Callable[[], AbstractContextManager[None]],
+        on_frame: Callable[[], None],
         on_sent: Callable[[str, Delivered], None],
         on_failure: Callable[[GradwireError], None],
     ) -> None:
@@ -85,26 +111,62 @@ class Peers:
         self._open_channel = open_channel
         self._mailbox = mailbox
         self._device = device
+        self._shared_memory = shared_memory
+        self._send_bytes = send_bytes
+        self._checksums = checksums
+        self._pause = pause
+        self._waiting: WaitingForRoom | None = None
+        self._on_frame = on_frame
         self._on_sent = on_sent
         self._on_failure = on_failure
         self._lock = threading.Lock()  # the table of streams: the compute thread opens, others close
         self._closed = False
         self._senders: dict[tuple[str, bool], FrameSender] = {}
+        self._shared: list[SharedSender] = []
         self._channels: list[Any] = []
 
-    def send(self, servers: Iterable[str], key: Key, value: Value | None) -> None:
-        """Send a tensor, a number or "there is none" to servers, this one included. Does not wait."""
-        payload = None
+    def send(
+        self, servers: Iterable[str], key: Key, value: Value | None, codecs: Mapping[str, pb.Codec] = _NO_CODECS
+    ) -> None:
+        """Send a tensor, a number or "there is none" to servers, this one included.
+
+        Waits, within `pause`, while a server has not receipted so much that this would be above `send_bytes`.
+        codecs: of floating tensors, by server; servers with the same one get the same bytes.
+        """
+        payloads: dict[pb.Codec, Payload] = {}
         if isinstance(value, torch.Tensor):
             value = dense(value)
         for server in servers:
             if server == self._own:
                 self._mailbox.put(key, self._local(value))
                 continue
-            if payload is None and isinstance(value, torch.Tensor):
-                payload = self._device.payload(value)
             # A header of its own for each: it carries the position on the stream.
-            self._sender(server, key.direction).send(make_header(self._run, self._generation, key, value), payload)
+            header = make_header(self._run, self._generation, key, value)
+            payload = None
+            if isinstance(value, torch.Tensor):
+                codec = set_codec(header.tensor, codecs.get(server, pb.CODEC_NONE), value.numel())
+                payload = payloads.get(codec)
+                if payload is None:
+                    encoded = value if codec == pb.CODEC_NONE else encode(codec, value)
+                    payload = payloads[codec] = self._device.payload(encoded)
+            self._queue(server, self._sender(server, key.direction), header, payload)
+
+    @property
+    def waiting(self) -> WaitingForRoom | None:
+        """What `send` waits for; None if it does not wait. Any thread."""
+        return self._waiting
+
+    def unreceipted(self) -> dict[str, tuple[int, int]]:
+        """Return messages and bytes on their way, by server; those without any are left out. Any thread."""
+        with self._lock:
+            senders = list(self._senders.items())
+        totals: dict[str, tuple[int, int]] = {}
+        for (server, _), sender in senders:
+            messages, size = sender.unreceipted
+            if messages:
+                before = totals.get(server, (0, 0))
+                totals[server] = (before[0] + messages, before[1] + size)
+        return totals
 
     def close(self, timeout_seconds: float) -> None:
         """Let what was sent arrive, for as long as the timeout, and end the streams. Idempotent."""
@@ -127,17 +189,35 @@ class Peers:
             return Arrived(value.detach()), value.requires_grad
         return ABSENT if value is None else value
 
+    def _queue(self, server: str, sender: FrameSender, header: pb.TensorHeader, payload: Payload) -> None:
+        if sender.has_room(header):
+            sender.send(header, payload)
+            return
+        self._waiting = WaitingForRoom(server, time.monotonic())
+        try:
+            with self._pause():
+                sender.send(header, payload)
+        finally:
+            self._waiting = None
+
     def _sender(self, server: str, direction: int) -> FrameSender:
-        traffic = (server, direction in _EXCHANGE)
+        traffic = (server, direction in EXCHANGE)
         sender = self._senders.get(traffic)
         if sender is not None:
             return sender
         with self._lock:
             channel = self._open_channel(self._addresses[server])
             self._channels.append(channel)
+            about = stage_pb2.OfferSharedBlockRequest(run=self._run, generation=self._generation, server=self._own)
+            shared = SharedSender(self._shared_memory, about, server, offers_to(channel))
+            self._shared.append(shared)
             sender = FrameSender(
                 channel,
                 f"stage server {server} at {self._addresses[server]}",
+                place=shared.place,
+                maximum_queued_bytes=self._send_bytes,
+                checksums=self._checksums,
+                on_frame=self._on_frame,
                 on_delivered=lambda delivered: self._on_sent(server, delivered),
                 on_failure=self._on_failure,
             )
@@ -156,6 +236,9 @@ class Peers:
 
     def _close_channels(self) -> None:
         with self._lock:
+            shared, self._shared = self._shared, []
             channels, self._channels = self._channels, []
+        for memory in shared:
+            memory.close()
         for channel in channels:
             channel.close()

@@ -1,12 +1,10 @@
-"""Seeds random operators so that they draw the same numbers on every layout, in recomputation and in replay."""
+"""Seeds the device's generator for random operators, by the rule of gradwire_protocol.randomness."""
 
 from __future__ import annotations
 
-import hashlib
-import struct
-import zlib
-
 import torch
+
+from gradwire_protocol.randomness import draw_seed
 
 
 class Randomness:
@@ -25,10 +23,4 @@ class Randomness:
 
     def seed(self, step: int, micro_batch: int, node: int) -> None:
         """Seed for one call of the node with this `node_number`."""
-        words = struct.pack("<QQQQ", self._seed, step, micro_batch, node)
-        self._generator.manual_seed(int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little"))
-
-
-def node_number(name: str) -> int:
-    """The number that stands for a node in its seeds: the crc32 of its name."""
-    return zlib.crc32(name.encode())
+        self._generator.manual_seed(draw_seed(self._seed, step, micro_batch, node))

@@ -1,4 +1,4 @@
-"""Rebuilds the nodes of a segment as generated Python code (torch.fx), from the allow-list.
+"""Rebuilds the nodes of a segment as generated Python code (torch.fx), from the allow-list and admitted operators.
 
 The code takes a scope, tensors and incoming values, and returns the values asked for.
 """
@@ -12,11 +12,11 @@ import torch
 from torch import fx, nn
 
 from gradwire_protocol.errors import ModelError
+from gradwire_protocol.randomness import node_number
 from gradwire_protocol.torch_tensors import TORCH_TYPES
 from gradwire_protocol.v1 import graph_pb2 as pb
 from gradwire_stage import regions
 from gradwire_stage.operators import keeps_keyword, resolve
-from gradwire_stage.randomness import node_number
 from gradwire_stage.regions import Region
 
 _LAYOUTS: dict[int, torch.layout] = {pb.TENSOR_LAYOUT_STRIDED: torch.strided}
@@ -44,11 +44,16 @@ class Rebuilt:
         incoming: Sequence[str],
         outputs: Sequence[str],
         device: torch.device,
+        custom: Mapping[str, Callable[..., Any]],
     ) -> None:
-        """`tensors` gives, for each tensor in order, the value names that stand for it."""
+        """`tensors` gives, for each tensor in order, the value names that stand for it.
+
+        custom: the operators besides those of the allow-list that are admitted, by target.
+        """
         self.regions: list[Region] = [Region()]
         self.nodes: dict[str, pb.Node] = {}  # by name in the code
         self._device = device
+        self._custom = custom
         self._graph = fx.Graph()
         self._values: dict[str, fx.Node] = {}
         scope = self._graph.placeholder("scope")
@@ -78,7 +83,7 @@ class Rebuilt:
         return number
 
     def _call(self, node: pb.Node) -> None:
-        function = resolve(node.target)
+        function = self._custom.get(node.target) or resolve(node.target)
         arguments = tuple(self._argument(item, node.name) for item in node.arguments)
         keywords = {
             item.name: self._argument(item.value, node.name)

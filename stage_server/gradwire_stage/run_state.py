@@ -5,32 +5,45 @@ Takes messages in and lets them out; what is done with them, and when, is the ex
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
+from gradwire_protocol.activities import wait_words
+from gradwire_protocol.checkpoint.root import CheckpointRoot
+from gradwire_protocol.checksums import check_available
 from gradwire_protocol.delivery import Delivered
 from gradwire_protocol.errors import FrameError, GradwireError
 from gradwire_protocol.frames import Message
-from gradwire_protocol.torch_tensors import TORCH_TYPES, dense, tensor_from
+from gradwire_protocol.torch_tensors import TORCH_TYPES, dense
 from gradwire_protocol.v1 import graph_pb2, stage_pb2
 from gradwire_protocol.v1 import tensors_pb2 as pb
+from gradwire_stage import timeline as phases
 from gradwire_stage.activity import Progress
-from gradwire_stage.checks import check_memory, check_prepare
+from gradwire_stage.arrivals import Arrivals, is_answered, key_of
+from gradwire_stage.checkpoint_writer import CheckpointWriter
+from gradwire_stage.checks import check_bounds, check_memory, check_prepare
+from gradwire_stage.codecs.registry import unpack
 from gradwire_stage.device import Device
-from gradwire_stage.mailbox import Key, Mailbox
+from gradwire_stage.keys import FROM_CLIENT, Key
+from gradwire_stage.mailbox import CREDIT_BYTES, Inflow, Mailbox, Reservation
 from gradwire_stage.metrics import StageMetrics
 from gradwire_stage.optimizer import StageOptimizer, state_factor
 from gradwire_stage.outbox import Outbox, Result
-from gradwire_stage.peers import ABSENT, Incoming, Peers, Value, make_header
+from gradwire_stage.peers import ABSENT, SEND_BYTES, Incoming, Peers, Value, make_header
 from gradwire_stage.routes import routes_of
 from gradwire_stage.segment import BuiltSegment
+from gradwire_stage.shared_memory import SharedMemory
+from gradwire_stage.shared_receiver import SharedReceiver
 
-_CLIENT = "client"
-_FROM_CLIENT = frozenset({pb.DIRECTION_BATCH, pb.DIRECTION_STATE})
+# In an activity.
+_SHOWN_PEERS = 64
 # How long the last messages may take to arrive at peers when a run ends in good order.
 _FLUSH_SECONDS = 5.0
 
@@ -57,12 +70,21 @@ class RunState:
         memory_bytes: int,
         mailbox_bytes: int,
         outbox_bytes: int,
+        credit_bytes: int = CREDIT_BYTES,
+        send_bytes: int = SEND_BYTES,
         open_channel: Callable[[str], Any],
         metrics: StageMetrics,
         fail: Callable[[GradwireError], None],
         weights_root: Path | None = None,
+        checkpoint_root: Path | None = None,
+        operators: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
+        shared_memory: SharedMemory,
+        tensor_bytes: int,
     ) -> None:
         own = check_prepare(request, server)
+        if request.checksums:
+            check_available(f"Stage server {server}")
+        check_bounds(request, mailbox_bytes)
         self.state_bytes = check_memory(request, memory_bytes, state_factor(request.optimizer.name))
         self.run = request.run
         self.generation = request.generation
@@ -96,7 +118,7 @@ class RunState:
         self.holders = {name: self._holders(placement.holder_stages) for name, placement in self.placements.items()}
         self.segments = {
             (segment.graph, segment.stage): BuiltSegment(
-                segment, self.tensors, device.torch_device, request.seed, TORCH_TYPES.get(request.precision)
+                segment, self.tensors, device.torch_device, request.seed, TORCH_TYPES.get(request.precision), operators
             )
             for segment in request.segments
         }
@@ -110,10 +132,29 @@ class RunState:
         self.optimizer = StageOptimizer(request.optimizer, self.parameters)
         self.weight_version = 0
         self.progress = Progress()
+        self._aborted: GradwireError | None = None
+        self.checkpoint_root = CheckpointRoot(checkpoint_root, f"Stage server {server}")
+        self.checkpoints = CheckpointWriter(
+            self.checkpoint_root,
+            stage=self.first_stage,
+            who=f"stage {self.first_stage} (server {server})",
+            advance=self.progress.advance,
+        )
         self.metrics = metrics.of_run(self.run, self.stages, self.replica)
         self._dropped = metrics.dropped
-        self.mailbox: Mailbox[Incoming] = Mailbox(mailbox_bytes, self._drop)
+        self.checksums = request.checksums
+        self._arrivals = Arrivals(request, self.server_of_stage)
+        self.mailbox: Mailbox[Incoming] = Mailbox(
+            mailbox_bytes,
+            self._drop,
+            credit_bytes=credit_bytes,
+            # A client, and peers with a stream for each class of traffic; twice, for some may not be gone yet.
+            maximum_streams=4 * len(request.peers) + 4,
+            bounds=self._arrivals.bounds,
+            stream_of=self._arrivals.stream,
+        )
         self.outbox = Outbox(outbox_bytes)
+        self.shared = SharedReceiver(shared_memory, self.other_servers, tensor_bytes)
         self.peers = Peers(
             run=self.run,
             generation=self.generation,
@@ -122,33 +163,42 @@ class RunState:
             open_channel=open_channel,
             mailbox=self.mailbox,
             device=device,
+            shared_memory=shared_memory,
+            send_bytes=send_bytes,
+            checksums=self.checksums,
+            pause=self._pause,
+            on_frame=self.progress.advance,
             on_sent=self._sent,
             on_failure=fail,
         )
         self.metrics.start()
         self.metrics.parameter_bytes(self.state_bytes)
 
-    def accept(self, message: Message) -> None:
-        """Take a whole message of this run and generation. FrameError if it cannot be meant for a server."""
-        header = message.header
-        source = header.key
-        key = Key(source.entry, source.micro_batch, source.value, source.direction, source.source_stage, source.state)
-        size = header.tensor.size_bytes
-        if key.state and key.direction != pb.DIRECTION_STATE:
-            raise FrameError("Only state has names of the optimizer's values", expected="no state", got=str(key))
-        if key.direction in _FROM_CLIENT:
-            peer = _CLIENT
-        elif key.direction == pb.DIRECTION_RESULT or key.source_stage not in self.server_of_stage:
-            raise FrameError(
-                "A message does not come from a stage of this run",
-                expected=f"stage 0 to {self.last_stage}, and no result",
-                got=str(key),
-            )
+    def note_frame(self, direction: pb.Direction) -> None:
+        """Count a frame that has come: a large message on a slow link is progress, too."""
+        if direction in FROM_CLIENT:
+            self.progress.advance_client()
         else:
-            peer = self.server_of_stage[key.source_stage]
-        self.mailbox.put(key, self._content(message), size)
-        self.metrics.received(peer, key.direction, size)
+            self.progress.advance()
+
+    def admit(self, header: pb.TensorHeader, payload_bytes: int, inflow: Inflow) -> Reservation | None:
+        """Take room for a message of this run and generation, waiting for it; None: it is to be dropped.
+
+        FrameError if it cannot be meant for this server, LimitExceeded if it is too much.
+        """
+        key = key_of(header)
+        self._arrivals.check(key)
+        return self.mailbox.reserve(key, payload_bytes, inflow, answered=is_answered(header))
+
+    def accept(self, message: Message, reservation: Reservation) -> None:
+        """Take a whole message that was admitted. FrameError if its content cannot be what it says."""
+        header = message.header
+        content = self._content(message)
+        sender = self._arrivals.sender(reservation.key)
+        self.metrics.received(sender, header.key.direction, header.tensor.codec, header.tensor.size_bytes)
         self.progress.advance()
+        # Last: it wakes the compute thread, which then need not wait for this one.
+        self.mailbox.fill(reservation, content)
 
     def result(
         self, entry: int, micro_batch: int, name: str, value: Value | None, *, stage: int, state: str = ""
@@ -163,27 +213,79 @@ class RunState:
 
     def activity(self) -> stage_pb2.Activity:
         """Return what the run is doing now. Any thread."""
-        waiting, waiting_for = self.mailbox.waiting, ""
-        since = None if waiting is None else waiting.since
-        if waiting is not None:
-            waiting_for = str(waiting.key)
-        elif (since := self.outbox.waiting_since) is not None:
-            waiting_for = f"the client to collect the results of entry {self.progress.entry}"
+        # Read first: what follows is then never newer than it, so that a state that stands still is shown as it is.
+        progress, client_progress = self.progress.count, self.progress.client_count
+        wait, since = self._wait()
         return stage_pb2.Activity(
             run=self.run,
             generation=self.generation,
             stages=self.stages,
             entry=self.progress.entry,
             action=self.progress.text(),
-            waiting_for=waiting_for,
-            waiting_seconds=0.0 if since is None else time.monotonic() - since,
-            progress=self.progress.count,
+            waiting_for="" if wait is None else wait_words(wait, self.progress.entry),
+            waiting_seconds=0.0 if wait is None else time.monotonic() - since,
+            progress=progress,
+            phase=self.progress.phase,
+            wait=wait,
+            client_progress=client_progress,
+            unreceipted=[
+                stage_pb2.Unreceipted(server=server, messages=messages, size_bytes=size_bytes)
+                for server, (messages, size_bytes) in itertools.islice(self.peers.unreceipted().items(), _SHOWN_PEERS)
+            ],
         )
+
+    def _wait(self) -> tuple[stage_pb2.Wait | None, float]:
+        """Return what the compute thread waits for, and since when (time.monotonic)."""
+        waiting = self.mailbox.waiting
+        if waiting is not None:
+            key = waiting.key
+            from_client = key.direction in FROM_CLIENT
+            message = pb.MessageKey(
+                entry=key.entry,
+                micro_batch=key.micro_batch,
+                value=key.value,
+                direction=key.direction,
+                source_stage=key.source_stage,
+                state=key.state,
+            )
+            owner = "" if from_client else self.server_of_stage[key.source_stage]
+            wait = stage_pb2.Wait(
+                kind=stage_pb2.WAIT_KIND_MESSAGE, message=message, server=owner, stage=key.source_stage
+            )
+            return wait, waiting.since
+        room = self.peers.waiting
+        if room is not None:
+            stage = next(stage for stage, server in self.servers if server == room.server)
+            return stage_pb2.Wait(kind=stage_pb2.WAIT_KIND_ROOM, server=room.server, stage=stage), room.since
+        since = self.outbox.waiting_since
+        if since is not None:
+            return stage_pb2.Wait(kind=stage_pb2.WAIT_KIND_COLLECT), since
+        since = self.checkpoints.waiting_since
+        if since is not None:
+            return stage_pb2.Wait(kind=stage_pb2.WAIT_KIND_DISK, server=self.server, stage=self.first_stage), since
+        return None, 0.0
+
+    @contextmanager
+    def _pause(self) -> Iterator[None]:
+        """Charge a wait of the compute thread for room at a peer to the exchange."""
+        timeline = self.progress.timeline
+        previous = None if timeline is None else timeline.switch(phases.WAIT_EXCHANGE)
+        yield
+        if timeline is not None and previous is not None:
+            timeline.switch(previous)
+
+    def check(self) -> None:
+        """Raise why the run has been ended. For the compute thread, between two things that take time."""
+        if self._aborted is not None:
+            raise self._aborted
 
     def abort(self, reason: GradwireError) -> None:
         """End every wait with `reason`, and all streams to peers at once. Any thread; idempotent."""
+        self._aborted = reason
         self.mailbox.close(reason)
         self.outbox.close(reason)
+        self.checkpoints.close(reason)
+        self.shared.close()
         self.peers.cancel()
 
     def finish(self, reason: GradwireError) -> None:
@@ -191,6 +293,8 @@ class RunState:
         self.peers.close(_FLUSH_SECONDS)
         self.mailbox.close(reason)
         self.outbox.close(reason)
+        self.checkpoints.close(reason)
+        self.shared.close()
 
     def free(self) -> None:
         """Let go of everything that takes memory, and of the run's metrics. After the compute thread's last use."""
@@ -222,15 +326,18 @@ class RunState:
                 return header.boolean
             case "absent":
                 return ABSENT
-        tensor = tensor_from(message)
-        wanted = header.tensor.requires_grad
-        if wanted and not (tensor.is_floating_point() or tensor.is_complex()):
-            raise FrameError(f"{header.key.value!r} cannot have a gradient", got=str(tensor.dtype))
-        return self.device.receive(tensor), wanted
+        tensor, encoded = unpack(message)
+        wanted, data_type = header.tensor.requires_grad, TORCH_TYPES[header.tensor.data_type]
+        if wanted and not (data_type.is_floating_point or data_type.is_complex):
+            raise FrameError(f"{header.key.value!r} cannot have a gradient", got=str(data_type))
+        return self.device.receive(tensor, encoded), wanted
 
     def _drop(self, reason: str) -> None:
         self._dropped.labels(reason).inc()
 
     def _sent(self, server: str, delivered: Delivered) -> None:
-        self.metrics.sent(server, delivered.header.key.direction, delivered.size_bytes, delivered.seconds)
+        header = delivered.header
+        self.metrics.sent(server, header.key.direction, header.tensor.codec, delivered.size_bytes, delivered.seconds)
+        if header.tensor.HasField("shared"):
+            self.metrics.shared(server, delivered.size_bytes)
         self.progress.advance()

@@ -6,9 +6,10 @@ Leaves to the executor where values come from and go to, and to the optimizer wh
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from functools import partial
-from typing import Self
+from types import MappingProxyType
+from typing import Any, Self
 
 import torch
 
@@ -20,6 +21,7 @@ from gradwire_stage.randomness import Randomness
 from gradwire_stage.rebuild import Rebuilt, value_names
 from gradwire_stage.recomputation import Inputs, drop_saved_tensors
 from gradwire_stage.regions import Scope
+from gradwire_stage.split_backward import WeightGradients, run_input_part
 
 Value = torch.Tensor | int | float | bool
 
@@ -34,11 +36,12 @@ class BuiltSegment:
         device: torch.device,
         seed: int,
         precision: torch.dtype | None = None,
+        custom: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
     ) -> None:
         """`tensors` is the server's store, by tensor name; a pass replaces the buffers that it changes in it.
 
-        precision: run forwards under autocast to this type. ModelError for anything that is not allowed or does not
-        fit together.
+        precision: run forwards under autocast to this type. custom: operators that are admitted besides the
+        allow-list, by target. ModelError for anything that is not allowed or does not fit together.
         """
         self._segment = segment
         self._tensors = tensors
@@ -61,7 +64,7 @@ class BuiltSegment:
         wanted = [item.value for item in segment.outgoing] + [item.value for item in segment.results]
         wanted += [value for value in (segment.loss, segment.loss_weight) if value] + list(self._updates)
         self._outputs = tuple(dict.fromkeys(wanted))
-        self._rebuilt = Rebuilt(segment.nodes, uses, self._incoming, self._outputs, device)
+        self._rebuilt = Rebuilt(segment.nodes, uses, self._incoming, self._outputs, device, custom)
         self._buffers = BufferVersions(tensors, (name for name in segment.mutated_tensors if name in uses))
         self._randomness = Randomness(seed, device)
         self._precision = precision
@@ -154,6 +157,7 @@ class SegmentPass:
         self._gradients = gradients
         # Of a pass without backward: what to run it again from.
         self.inputs: Inputs | None = None
+        self._weights: WeightGradients | None = None
 
     def without_backward(self, inputs: Inputs) -> Self:
         """Let go of what autograd recorded; outgoing values still say whether they need a gradient."""
@@ -174,6 +178,46 @@ class SegmentPass:
         `gradients` belongs to outgoing values, `relayed` to incoming ones: the gradient of the consumer after this
         one. None means that the loss does not depend on a value. Frees the pass.
         """
+        outputs, output_gradients = self._roots(gradients, relayed, loss_gradient)
+        self._free()
+        if outputs:
+            with _located():
+                torch.autograd.backward(outputs, output_gradients)
+        return self._made()
+
+    def backward_input(
+        self,
+        gradients: Mapping[str, torch.Tensor | None],
+        relayed: Mapping[str, torch.Tensor | None],
+        loss_gradient: float | None,
+    ) -> dict[str, torch.Tensor | None]:
+        """Do what `backward` does, but for the gradients of weights that `backward_weight` can make later.
+
+        Frees all of the pass that those do not need.
+        """
+        outputs, output_gradients = self._roots(gradients, relayed, loss_gradient)
+        self._free()
+        self._weights = WeightGradients()
+        if outputs:
+            with _located():
+                self._weights = run_input_part(outputs, output_gradients)
+        return self._made()
+
+    def backward_weight(self) -> None:
+        """Accumulate the parameters' gradients that `backward_input` has left. Frees the pass."""
+        weights, self._weights = self._weights, None
+        if weights is None:
+            raise InternalError("The weight gradients of a segment were asked for before its input gradients, or twice")
+        with _located():
+            weights.accumulate()
+
+    def _roots(
+        self,
+        gradients: Mapping[str, torch.Tensor | None],
+        relayed: Mapping[str, torch.Tensor | None],
+        loss_gradient: float | None,
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return where a backward begins, and the gradients there."""
         if self.inputs is not None:
             raise InternalError("The backward pass of a segment began before its forward pass was run again")
         roots: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -187,17 +231,22 @@ class SegmentPass:
                 roots.append((relay, gradient))
         if self.loss is not None and loss_gradient is not None and self.loss.requires_grad:
             roots.append((self.loss, torch.full_like(self.loss, loss_gradient)))
-        self._free()
-        if roots:
-            outputs, output_gradients = zip(*roots, strict=True)
-            try:
-                torch.autograd.backward(outputs, output_gradients)
-            except RuntimeError as error:
-                raise located(error, {}, "The backward pass of a segment") from error
-        return {name: self._gradients.pop(name, None) for name in self._wanting}
+        return [output for output, _ in roots], [gradient for _, gradient in roots]
 
     def _free(self) -> None:
         self.outgoing, self.results, self._relays = {}, {}, {}
+        self.loss = self.loss_weight = None
+
+    def _made(self) -> dict[str, torch.Tensor | None]:
+        return {name: self._gradients.pop(name, None) for name in self._wanting}
+
+
+@contextlib.contextmanager
+def _located() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise located(error, {}, "The backward pass of a segment") from error
 
 
 def _tensor(value: Value) -> torch.Tensor:

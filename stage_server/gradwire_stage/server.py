@@ -10,14 +10,17 @@ from typing import Any
 import structlog
 
 from gradwire_protocol.channels import open_channel
+from gradwire_protocol.handover import default_directory
 from gradwire_protocol.serving import Service, host_name
 from gradwire_protocol.v1 import coordinator_pb2
-from gradwire_stage.device import open_device
+from gradwire_stage.custom_operators import described, load_operators
+from gradwire_stage.device import host_memory_bytes, open_device
 from gradwire_stage.membership import Membership
 from gradwire_stage.metrics import StageMetrics
 from gradwire_stage.optimizer import warm_up
 from gradwire_stage.service import Limits, StageService
 from gradwire_stage.settings import StageSettings
+from gradwire_stage.shared_memory import SharedMemory, SharedMemorySettings
 
 _log = structlog.get_logger(__name__)
 
@@ -26,6 +29,7 @@ def run_server(settings: StageSettings) -> None:
     """Serve until SIGTERM or SIGINT; then leave the coordinator and end the run in good order."""
     distribution = version("gradwire")
     device = open_device(settings.device, settings.threads)
+    operators = load_operators(settings.operators)
     service = Service("gradwire-stage-server", settings.service())
     service.install_signal_handlers()
     server = settings.server or f"{host_name()}-{secrets.token_hex(4)}"
@@ -34,6 +38,11 @@ def run_server(settings: StageSettings) -> None:
     def dial(address: str) -> Any:
         return open_channel(address, settings.tls, insecure=settings.insecure)
 
+    metrics = StageMetrics(service.registry, version=distribution)
+    shared_memory = SharedMemory(
+        _shared_memory_settings(settings), lambda reason: metrics.shared_fallbacks.labels(reason).inc()
+    )
+    shared_memory.sweep()
     stage_service = StageService(
         server,
         device,
@@ -42,10 +51,15 @@ def run_server(settings: StageSettings) -> None:
             mailbox_bytes=settings.mailbox_bytes or info.memory_bytes // 2,
             outbox_bytes=settings.outbox_bytes or info.memory_bytes // 4,
             tensor_bytes=settings.tensor_bytes,
+            credit_bytes=settings.credit_bytes,
+            send_bytes=settings.send_bytes,
         ),
-        StageMetrics(service.registry, version=distribution),
+        metrics,
         dial,
         weights_root=settings.weights_root,
+        checkpoint_root=settings.checkpoint_root,
+        operators=operators,
+        shared_memory=shared_memory,
     )
     stage_service.add_to(service.server)
     service.start()
@@ -60,8 +74,10 @@ def run_server(settings: StageSettings) -> None:
             metrics_address=service.metrics_address,
             device=info,
             version=distribution,
+            operators=described(operators),
         ),
         stage_service.activity,
+        on_silence=stage_service.release_orphan,
     )
     membership.start()
     service.report_ready()
@@ -74,3 +90,13 @@ def run_server(settings: StageSettings) -> None:
     stage_service.release_all("it was asked to stop")
     service.stop()
     channel.close()
+
+
+def _shared_memory_settings(settings: StageSettings) -> SharedMemorySettings | None:
+    if not settings.shared_memory:
+        return None
+    return SharedMemorySettings(
+        directory=settings.shared_memory_directory or default_directory(),
+        maximum_bytes=settings.shared_memory_bytes or host_memory_bytes() // 16,
+        threshold_bytes=settings.shared_memory_threshold_bytes,
+    )

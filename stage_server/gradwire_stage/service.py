@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import grpc
@@ -14,18 +16,24 @@ import structlog
 from gradwire_protocol.errors import (
     Aborted,
     GradwireError,
+    LimitExceeded,
     RunNotFound,
     ServerBusy,
     StaleGeneration,
 )
-from gradwire_protocol.frames import FrameAssembler, Message, encode_frames
+from gradwire_protocol.frames import encode_frames
 from gradwire_protocol.serving import register_with_raw_streams
-from gradwire_protocol.v1 import stage_pb2, stage_pb2_grpc
+from gradwire_protocol.v1 import run_pb2, stage_pb2, stage_pb2_grpc
 from gradwire_protocol.v1 import tensors_pb2 as pb
 from gradwire_stage.device import Device
 from gradwire_stage.executor import Executor
+from gradwire_stage.intake import Intake, StreamLimit
+from gradwire_stage.links import MAXIMUM_LINKS, answer, measure_link
+from gradwire_stage.mailbox import CREDIT_BYTES
 from gradwire_stage.metrics import StageMetrics
+from gradwire_stage.peers import SEND_BYTES
 from gradwire_stage.run_state import RunState
+from gradwire_stage.shared_memory import SharedMemory
 
 # A run that is released ends within this time, unless a single operator takes longer.
 _RELEASE_SECONDS = 1.0
@@ -36,12 +44,20 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a run may use here, in bytes; and how long it may be prepared without an Execute stream, in seconds."""
+    """What a run may use here, in bytes; and how long it may be prepared without an Execute stream, in seconds.
+
+    mailbox_bytes: messages that wait, of all streams; credit_bytes: of one stream, before it is held back; send_bytes:
+    messages on a stream to a peer that it has not receipted.
+    """
 
     memory_bytes: int
     mailbox_bytes: int
     outbox_bytes: int
     tensor_bytes: int
+    credit_bytes: int = CREDIT_BYTES
+    send_bytes: int = SEND_BYTES
+    # Deliver streams at once; each holds a thread of the server's pool.
+    streams: int = 448
     prepared_seconds: float = 60.0
 
 
@@ -64,7 +80,9 @@ class _Held:
 class StageService(stage_pb2_grpc.StageServiceServicer):
     """The servicer. `server` is this server's identifier; `open_channel` dials a peer's address.
 
-    weights_root: the directory that runs may have this server read weights from; None: none.
+    weights_root: the directory that runs may have this server read weights from; None: none. checkpoint_root: the one
+    that it writes checkpoints to, and reads them from. operators: those that are admitted besides the allow-list, by
+    target. shared_memory: for payloads to and from servers of this host; None: none.
     """
 
     def __init__(
@@ -76,6 +94,9 @@ class StageService(stage_pb2_grpc.StageServiceServicer):
         open_channel: Callable[[str], Any],
         *,
         weights_root: Path | None = None,
+        checkpoint_root: Path | None = None,
+        operators: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
+        shared_memory: SharedMemory | None = None,
     ) -> None:
         self._server = server
         self._device = device
@@ -83,10 +104,15 @@ class StageService(stage_pb2_grpc.StageServiceServicer):
         self._metrics = metrics
         self._open_channel = open_channel
         self._weights_root = weights_root
+        self._checkpoint_root = checkpoint_root
+        self._operators = operators
+        self._shared_memory = shared_memory or SharedMemory.off()
+        self._streams = StreamLimit(limits.streams)
         self._lock = threading.Lock()  # guards _held
         self._preparing = threading.Lock()  # one Prepare at a time
         self._held: _Held | None = None
         metrics.mailbox_bytes.set_function(self._mailbox_bytes)
+        metrics.shared_memory_bytes.set_function(lambda: self._shared_memory.size_bytes)
 
     def add_to(self, server: Any) -> None:
         """Register with a grpc.Server; Deliver gets frames as bytes, Collect gives them."""
@@ -126,7 +152,10 @@ class StageService(stage_pb2_grpc.StageServiceServicer):
         reader.start()
         try:
             for report in executor.reports():
-                yield stage_pb2.ExecuteReply(report=report)
+                if isinstance(report, run_pb2.SavedPart):
+                    yield stage_pb2.ExecuteReply(saved=report)
+                else:
+                    yield stage_pb2.ExecuteReply(report=report)
         finally:
             # Nothing to do where the run has ended; otherwise the stream has broken.
             executor.release(Aborted("The coordinator's stream has ended"))
@@ -144,18 +173,47 @@ class StageService(stage_pb2_grpc.StageServiceServicer):
     def GetActivity(self, request: stage_pb2.GetActivityRequest, context: Any) -> stage_pb2.GetActivityReply:  # noqa: N802
         return stage_pb2.GetActivityReply(activity=self.activity())
 
+    # --- links
+
+    def MeasureLinks(  # noqa: N802
+        self, request: stage_pb2.MeasureLinksRequest, context: Any
+    ) -> stage_pb2.MeasureLinksReply:
+        if len(request.addresses) > MAXIMUM_LINKS:
+            raise LimitExceeded("Too many links", expected=f"{MAXIMUM_LINKS} at most", got=str(len(request.addresses)))
+        links = []
+        for address in request.addresses:
+            with closing(self._open_channel(address)) as channel:
+                links.append(measure_link(channel, address))
+        return stage_pb2.MeasureLinksReply(links=links)
+
+    def Probe(self, request: stage_pb2.ProbeRequest, context: Any) -> stage_pb2.ProbeReply:  # noqa: N802
+        return answer(request)
+
     # --- tensors
 
     def Deliver(self, requests: Iterator[bytes], context: Any) -> Iterator[pb.Receipt]:  # noqa: N802
-        assembler = FrameAssembler(self._limits.tensor_bytes)
-        for frame in requests:
-            message = assembler.feed(frame)
-            if message is not None:
-                self._accept(message)
-                yield pb.Receipt(sequence=message.header.sequence)
-                # Not kept alive while the next frame is waited for.
-                del message
-        assembler.finish()
+        intake = Intake(self._find_run, self._limits.tensor_bytes)
+        with self._streams, closing(intake):
+            # The stream may end while its thread waits for room.
+            if not context.add_callback(intake.interrupt):
+                return
+            for frame in requests:
+                sequence = intake.feed(frame)
+                # Not kept alive while the next one is waited for.
+                del frame
+                if sequence is not None:
+                    yield pb.Receipt(sequence=sequence)
+            intake.finish()
+
+    def OfferSharedBlock(  # noqa: N802
+        self, request: stage_pb2.OfferSharedBlockRequest, context: Any
+    ) -> stage_pb2.OfferSharedBlockReply:
+        held = self._held
+        if held is None or (held.executor.run.run, held.executor.run.generation) != (request.run, request.generation):
+            return stage_pb2.OfferSharedBlockReply(
+                reason="other-run", explanation="another run, or generation of it, is prepared here, or none"
+            )
+        return held.executor.run.shared.take_over(request)
 
     def Collect(self, request: stage_pb2.CollectRequest, context: Any) -> Iterator[bytes]:  # noqa: N802
         held = self._held
@@ -171,9 +229,11 @@ class StageService(stage_pb2_grpc.StageServiceServicer):
         for sequence, result in enumerate(run.outbox.collect(request.entry), start=1):
             result.header.sequence = sequence
             payload = result.payload() if callable(result.payload) else result.payload
-            yield from encode_frames(result.header, payload)
+            for frame in encode_frames(result.header, payload, checksums=run.checksums):
+                yield frame
+                run.progress.advance_client()
             run.metrics.collected(result.header.tensor.size_bytes)
-            del result, payload
+            del result, payload, frame
 
     # --- for the process around it
 
@@ -181,6 +241,12 @@ class StageService(stage_pb2_grpc.StageServiceServicer):
         """Return what this server is doing. Any thread."""
         held = self._held
         return stage_pb2.Activity() if held is None else held.executor.run.activity()
+
+    def release_orphan(self, reason: str) -> None:
+        """End the run that is here, if there is one, whose coordinator does not answer. Any thread; does not wait."""
+        held = self._held
+        if held is not None:
+            held.executor.release(Aborted("The run has lost its coordinator", got=reason))
 
     def release_all(self, reason: str) -> None:
         """End whatever runs here, and wait for it a moment. For the end of the process."""
@@ -197,10 +263,16 @@ class StageService(stage_pb2_grpc.StageServiceServicer):
             memory_bytes=self._limits.memory_bytes,
             mailbox_bytes=self._limits.mailbox_bytes,
             outbox_bytes=self._limits.outbox_bytes,
+            credit_bytes=self._limits.credit_bytes,
+            send_bytes=self._limits.send_bytes,
             open_channel=self._open_channel,
             metrics=self._metrics,
             fail=fail,
             weights_root=self._weights_root,
+            checkpoint_root=self._checkpoint_root,
+            operators=self._operators,
+            shared_memory=self._shared_memory,
+            tensor_bytes=self._limits.tensor_bytes,
         )
 
     def _make_room(self, run: str, generation: int) -> None:
@@ -227,15 +299,16 @@ class StageService(stage_pb2_grpc.StageServiceServicer):
                 self._held = None
         _log.info("the run has ended here", run=executor.run.run, generation=executor.run.generation)
 
-    def _accept(self, message: Message) -> None:
-        """Hand a message to its run, or count why it cannot be."""
-        held, key = self._held, message.header.key
+    def _find_run(self, key: pb.MessageKey) -> RunState | None:
+        """Return the run of a message; None, and counted why, if it is not the one that is here."""
+        held = self._held
         if held is None or held.executor.run.run != key.run:
             self._metrics.dropped.labels("other-run").inc()
         elif held.executor.run.generation != key.generation:
             self._metrics.dropped.labels("other-generation").inc()
         else:
-            held.executor.run.accept(message)
+            return held.executor.run
+        return None
 
     def _mailbox_bytes(self) -> float:
         held = self._held

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import DirectoryPath, Field, field_validator
-from pydantic_settings import SettingsConfigDict
+from pydantic_settings import NoDecode, SettingsConfigDict
 
 from gradwire_protocol.channels import TlsFiles, parse_address
 from gradwire_protocol.errors import GradwireError
@@ -33,17 +33,38 @@ class StageSettings(Settings):
     server: str = Field(default="", max_length=64)
     # Messages that wait to be taken; half of the memory.
     mailbox_bytes: int = Field(default=0, ge=0)
+    # Messages of one stream that wait to be taken, before it is held back.
+    credit_bytes: int = Field(default=64 * 2**20, ge=1)
+    # Messages on a stream to a peer that it has not receipted, before computing waits for it.
+    send_bytes: int = Field(default=128 * 2**20, ge=1)
     # Results that wait to be collected; a quarter of the memory.
     outbox_bytes: int = Field(default=0, ge=0)
     # The largest single tensor that is taken.
     tensor_bytes: int = Field(default=8 * 2**30, ge=1)
     # Where runs may have this server read weights from safetensors files.
     weights_root: DirectoryPath | None = None
+    # Where runs may have this server write checkpoints, and read them: the same directory as the coordinator's.
+    checkpoint_root: DirectoryPath | None = None
+    # Modules to import at start, for the custom operators that they define: [DIRECTORY/]MODULE. In the environment
+    # separated by commas.
+    operators: Annotated[tuple[str, ...], NoDecode] = ()
+    # Payloads of this size and larger go through memory to servers of the same host, user and directory.
+    shared_memory: bool = True
+    shared_memory_threshold_bytes: int = Field(default=256 * 2**10, ge=1)
+    # What is held for that, in all; a sixteenth of the host's memory.
+    shared_memory_bytes: int = Field(default=0, ge=0)
+    # Where servers that share memory find each other; the system's directory for temporary files.
+    shared_memory_directory: DirectoryPath | None = None
     tls_authority: Path | None = None
     tls_certificate: Path | None = None
     tls_key: Path | None = None
     insecure: bool = False
     ready_fd: int | None = Field(default=None, ge=0)
+
+    @field_validator("operators", mode="before")
+    @classmethod
+    def _split(cls, modules: Any) -> Any:
+        return [item.strip() for item in modules.split(",") if item.strip()] if isinstance(modules, str) else modules
 
     @field_validator("listen", "coordinator")
     @classmethod

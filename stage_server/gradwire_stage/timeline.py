@@ -79,6 +79,11 @@ class Timeline(Generic[Mark]):
         self._marks = [clock.mark()]
         self._phases = [phase]  # phase i lasts from mark i to mark i + 1
 
+    @property
+    def phase(self) -> str:
+        """The phase at present. Any thread."""
+        return self._phases[-1]
+
     def switch(self, phase: str) -> str:
         """Enter a phase; return the one that ends."""
         previous = self._phases[-1]

@@ -5,7 +5,7 @@ Models with dropout need real processes: torch's random generator is one a proce
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -25,13 +25,21 @@ from gradwire_stage.service import Limits, StageService
 
 @contextmanager
 def cluster_in_process(
-    directory: Path, stage_servers: int, services: list[StageService] | None = None
+    directory: Path,
+    stage_servers: int,
+    services: list[StageService] | None = None,
+    *,
+    advertise: Callable[[str], str] = lambda address: address,
+    heartbeat_seconds: float = 1.0,
 ) -> Iterator[Cluster]:
-    """`services` receives the stage servers' own objects, for tests that look at what they hold."""
+    """`services` receives the stage servers' own objects, for tests that look at what they hold.
+
+    advertise: gives the address that others dial for one that a stage server listens on.
+    """
     with ExitStack() as stack:
-        address = _start_coordinator(stack, directory)
+        address = _start_coordinator(stack, directory, heartbeat_seconds)
         for index in range(stage_servers):
-            started = _start_stage_server(stack, f"stage-{index}", address)
+            started = _start_stage_server(stack, f"stage-{index}", address, advertise)
             if services is not None:
                 services.append(started)
         cluster = stack.enter_context(connect(address))
@@ -40,14 +48,15 @@ def cluster_in_process(
         yield cluster
 
 
-def _start_coordinator(stack: ExitStack, directory: Path) -> str:
+def _start_coordinator(stack: ExitStack, directory: Path, heartbeat_seconds: float) -> str:
     service = Service("coordinator", ServiceSettings(metrics_listen=""))
     coordinator = Coordinator(
         log=stack.enter_context(RunLog(directory)),
-        registry=Registry(lease_seconds=10.0, heartbeat_seconds=1.0),
+        registry=Registry(lease_seconds=10.0, heartbeat_seconds=heartbeat_seconds),
         metrics=Metrics(service.registry, "test"),
         connect=open_channel,
         version="test",
+        sweep_seconds=min(1.0, heartbeat_seconds),
     )
     coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(coordinator, service.server)
     service.start()
@@ -56,7 +65,7 @@ def _start_coordinator(stack: ExitStack, directory: Path) -> str:
     return service.address
 
 
-def _start_stage_server(stack: ExitStack, name: str, coordinator: str) -> StageService:
+def _start_stage_server(stack: ExitStack, name: str, coordinator: str, advertise: Callable[[str], str]) -> StageService:
     service = Service(name, ServiceSettings(metrics_listen=""))
     device = open_device("cpu", 1)
     limits = Limits(memory_bytes=2**32, mailbox_bytes=2**30, outbox_bytes=2**30, tensor_bytes=2**30)
@@ -67,7 +76,7 @@ def _start_stage_server(stack: ExitStack, name: str, coordinator: str) -> StageS
     registration = coordinator_pb2.RegisterRequest(
         server=name,
         role=coordinator_pb2.SERVER_ROLE_STAGE,
-        address=service.address,
+        address=advertise(service.address),
         device=device.describe(),
         version="test",
     )

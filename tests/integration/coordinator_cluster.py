@@ -196,7 +196,7 @@ class Driver:
         return self.send(train_step=run_pb2.TrainStep(**fields))
 
     def result(self) -> run_pb2.EntryResult:
-        return next(self.call).result
+        return next(reply.result for reply in self.call if reply.HasField("result"))
 
     def done(self) -> None:
         self._queue.put(None)

@@ -39,7 +39,9 @@ Compared with:
 {supported}
 
 Random numbers (dropout and the like) are drawn from the seed, the step, the micro-batch and the operator: the same on
-every layout, but not those of one process in eager mode (`tests/integration/test_equivalence.py`).
+every layout and in recomputation, but not those that eager mode draws by itself. `gradwire verify` draws them in one
+process, too, and so compares models with their own dropout ([verify.md](verify.md#random-numbers)); the kinds of draws
+are tried in `tests/unit/test_draws.py`.
 
 ## Lengths that differ between batches
 
@@ -54,6 +56,49 @@ The export finds bounds and multiples (the longest position, sizes that pooling 
 against them: `BatchError` names the input, the dimension and both sizes. A name may also be given as
 `torch.export.Dim("length", min=2, max=512)`. Costs are estimated at the example's sizes. Sizes that a loop in Python
 runs over, and the time steps of `nn.LSTM`, `nn.GRU` and `nn.RNN`, are built into the graph: pad these.
+
+## Models that make a number of their rows
+
+Code such as `float(x.shape[0])`, `range(x.shape[0])` or `if x.shape[0] > 2` works for one number of rows once exported.
+Such a model trains if all micro-batches have the same:
+
+```python
+cluster.trainer(..., plan=gradwire.Plan(microbatches=4), micro_batch_rows=8)
+```
+
+Each batch then has 8, 16, 24 or 32 rows, for `evaluate` and `predict`, too; `BatchError` names these sizes for any
+other (`drop_last=True` of a `DataLoader` leaves a smaller last batch out). An output counts as one for each row if its
+first dimension has that size. Tried in `tests/integration/test_fixed_rows.py`.
+
+## Operators of your own
+
+Operators of `torch.library.custom_op` train like torch's, with the gradient of their `register_autograd`. Code never
+travels: put them into a module (`my_operators.py`) that the script imports, and start the stage servers with it.
+
+```python
+with gradwire.local(stage_servers=2, operators=["my_operators"]) as cluster:  # on one machine
+    ...
+```
+
+```
+gradwire up --operators ./my_operators.py
+gradwire-stage-server --coordinator HOST:PORT --operators /opt/models/my_operators.py
+```
+
+A module is named by whoever starts the server, never by a message; it may be given by name, where it is installed, or
+as DIRECTORY/MODULE, and the option may be repeated (`GRADWIRE_STAGE_OPERATORS`, separated by commas; `operators` in the
+settings file). A server admits the operators that the import defined, outside of torch's own namespaces, and tells the
+coordinator their schemas. A run takes servers that have all of its model's operators with the same schema as the
+script's; otherwise `ModelError` names the operator, the servers, and both schemas.
+
+Libraries have operators of their own, too: Hugging Face's mixtures of experts (Mixtral) train with
+`operators=["transformers.integrations.moe"]`.
+
+- Operators that write to their arguments, or return them, are refused: other micro-batches would see it.
+- An operator that draws random numbers needs `tags=(torch.Tag.nondeterministic_seeded,)`: it is then seeded as torch's
+  own are.
+- Costs are estimated from the bytes that an operator reads and writes; where that is far off, give
+  `gradwire.Plan(cuts=...)`.
 
 ## Refused
 

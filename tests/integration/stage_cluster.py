@@ -9,7 +9,8 @@ from __future__ import annotations
 import gc
 import queue
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import grpc
@@ -18,15 +19,16 @@ import torch
 from gradwire_protocol.channels import open_channel
 from gradwire_protocol.delivery import FrameSender
 from gradwire_protocol.errors import GradwireError, from_rpc_error
-from gradwire_protocol.frames import FrameAssembler
+from gradwire_protocol.frames import Admission, FrameAssembler
 from gradwire_protocol.program import parse_program, program_to_proto
 from gradwire_protocol.serving import Service, ServiceSettings
 from gradwire_protocol.torch_tensors import payload_of, tensor_from, tensor_info
 from gradwire_protocol.v1 import graph_pb2, run_pb2, stage_pb2, stage_pb2_grpc
 from gradwire_protocol.v1 import tensors_pb2 as pb
-from gradwire_stage.device import CpuDevice
+from gradwire_stage.device import CpuDevice, Device
 from gradwire_stage.metrics import StageMetrics
 from gradwire_stage.service import Limits, StageService
+from gradwire_stage.shared_memory import SharedMemory
 
 WIDTH = 4
 # Each run ends with a collection: without the imports it takes no time, as in a real server.
@@ -169,15 +171,18 @@ class RemoteServer:
 class StageServer(RemoteServer):
     """One server of this process: the real service behind a real port."""
 
-    def __init__(self, name: str, **limits: Any) -> None:
+    def __init__(
+        self, name: str, device: Device | None = None, shared_memory: SharedMemory | None = None, **limits: Any
+    ) -> None:
         self.service = Service(name, ServiceSettings(metrics_listen="", workers=32))
         sizes = {"memory_bytes": 2**33, "mailbox_bytes": 2**28, "outbox_bytes": 2**28, "tensor_bytes": 2**26}
         self.stage_service = StageService(
             name,
-            CpuDevice(1),
+            device or CpuDevice(1),
             Limits(**{**sizes, **limits}),
             StageMetrics(self.service.registry, version="test"),
             open_channel,
+            shared_memory=shared_memory,
         )
         self.stage_service.add_to(self.service.server)
         self.service.start()
@@ -226,19 +231,30 @@ class Stream:
 class Cluster:
     """Servers that host the three stages as told, and the client's and the coordinator's side of one run."""
 
+    checksums = False
+    codecs: tuple[pb.Codec, ...] = ()
+    recompute = False
+    # The micro-batches whose weight gradients come behind all backwards.
+    split: Collection[int] = ()
+
     def __init__(
         self,
         layout: dict[str, list[int]],
         form: int = MEAN,
         *,
         remote: dict[str, str] | None = None,
+        devices: Mapping[str, Device] = MappingProxyType({}),
         **limits: Any,
     ) -> None:
         self.layout = layout
         self.form = form
         addresses = remote or {}
         self.servers = {
-            name: RemoteServer(name, addresses[name]) if name in addresses else StageServer(name, **limits)
+            name: (
+                RemoteServer(name, addresses[name])
+                if name in addresses
+                else StageServer(name, devices.get(name), **limits)
+            )
             for name in layout
         }
         self.streams: dict[str, Stream] = {}
@@ -272,6 +288,9 @@ class Cluster:
             optimizer=run_pb2.Optimizer(name="AdamW", groups=[adam(0.1)]),
             loss_form=self.form,
             seed=5,
+            checksums=self.checksums,
+            activation_codecs=self.codecs,
+            recompute=self.recompute,
         )
 
     def prepare(self, **identity: Any) -> None:
@@ -283,7 +302,7 @@ class Cluster:
         self.prepare()
         for name, server in self.servers.items():
             self.streams[name] = Stream(server)
-            self.senders[name] = FrameSender(server.channel, name)
+            self.senders[name] = FrameSender(server.channel, name, checksums=self.checksums)
         entry = self.next_entry(load_state=run_pb2.LoadState())
         for name, stages in self.layout.items():
             for tensor, value in made_state().items():
@@ -344,8 +363,13 @@ class Cluster:
         norm = "NORM " if step.HasField("max_gradient_norm") else ""
         for name, stages in self.layout.items():
             forward = [f"{stage}F{part}" for stage in stages for part in range(parts)]
-            backward = [f"{stage}B{part}" for stage in reversed(stages) for part in range(parts)]
-            self.streams[name].submit(entry, " ".join([*forward, *backward]) + f" REDUCE {norm}UPDATE")
+            backward = [
+                f"{stage}{'I' if part in self.split else 'B'}{part}"
+                for stage in reversed(stages)
+                for part in range(parts)
+            ]
+            weight = [f"{stage}W{part}" for stage in reversed(stages) for part in range(parts) if part in self.split]
+            self.streams[name].submit(entry, " ".join([*forward, *backward, *weight]) + f" REDUCE {norm}UPDATE")
         return entry.number
 
     def submit_forward(self, kind: str, x: torch.Tensor, y: torch.Tensor | None, parts: int) -> int:
@@ -381,15 +405,18 @@ class Cluster:
         parts = reports[self.host(2)].losses
         return sum(part.sum for part in parts) / sum(part.weight for part in parts)
 
-    def collect(self, entry: int) -> Iterator[tuple[pb.MessageKey, torch.Tensor | None]]:
-        """Yield what all servers have for the client under an entry."""
-        for server in self.servers.values():
+    def collect(
+        self, entry: int, servers: Collection[str] | None = None
+    ) -> Iterator[tuple[pb.MessageKey, torch.Tensor | None]]:
+        """Yield what all servers, or some, have for the client under an entry, server by server."""
+        for server in (self.servers[name] for name in servers or self.servers):
             call = server.channel.unary_stream(
                 "/gradwire_protocol.v1.StageService/Collect",
                 request_serializer=stage_pb2.CollectRequest.SerializeToString,
                 response_deserializer=None,
             )
-            assembler = FrameAssembler()
+            wanted = Admission.KEEP_CHECKED if self.checksums else Admission.KEEP
+            assembler = FrameAssembler(admit=lambda *_, wanted=wanted: wanted)
             for frame in call(stage_pb2.CollectRequest(run="r", generation=1, entry=entry), timeout=5):
                 message = assembler.feed(frame)
                 if message is not None:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import gradwire
-from gradwire.checkpoint.reader import check
+from gradwire_protocol.checkpoint.reader import check
 from gradwire_protocol.errors import CheckpointError, SettingsError
 from gradwire_protocol.v1 import coordinator_pb2
 
@@ -250,7 +250,7 @@ def test_a_pickle_with_a_manifest_that_vouches_for_it_is_refused(
     bad = tmp_path / "bad"
     shutil.copytree(good, bad)
     pickled(bad / "model.safetensors")
-    from gradwire.checkpoint.files import record_of
+    from gradwire_protocol.checkpoint.files import record_of
 
     manifest = check(good)
     files = manifest.files | {"model.safetensors": record_of(bad / "model.safetensors")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from coordinator_cluster import Cluster, Driver, StageServer, cluster, run_reque
 
 from gradwire_protocol.errors import (
     Aborted,
-    CheckpointError,
     FrameError,
     GradwireError,
     LimitExceeded,
@@ -184,7 +184,10 @@ def state_of(*names: tuple[str, str]) -> dict[str, Any]:
         (state_of(("W0", "step"), ("W0", "step")), FrameError, "twice"),
         (state_of(*(("W0", f"s{index}") for index in range(100))), LimitExceeded, "16 for each"),
         ({"load_state": run_pb2.LoadState(weight_version=2**60)}, FrameError, "number of steps"),
-        ({"save_state": run_pb2.SaveState(directory="a")}, CheckpointError, "trainer.save"),
+        ({"save_state": run_pb2.SaveState(directory="../a", token="t")}, SettingsError, "relative"),
+        ({"save_state": run_pb2.SaveState(directory="a", token="t")}, FrameError, "not announced"),
+        ({"load_state": run_pb2.LoadState(checkpoint=run_pb2.StoredState(directory=".."))}, SettingsError, "relative"),
+        ({"load_state": run_pb2.LoadState(checkpoint=run_pb2.StoredState(directory="a"))}, FrameError, "no hash"),
     ],
 )
 def test_entries_that_are_not_valid_end_the_run(tmp_path: Path, bad: dict[str, Any], kind: type, part: str) -> None:
@@ -241,6 +244,9 @@ def test_more_stages_than_the_model_can_be_cut_into(tmp_path: Path) -> None:
         ({"micro_batches": 0}, PlanError),
         ({"window": 99}, PlanError),
         ({"expected_rows": 0}, PlanError),
+        ({"stall_seconds": 0.5}, PlanError),
+        ({"stall_seconds": float("nan")}, PlanError),
+        ({"step_seconds": -1.0}, PlanError),
         ({"precision": tensors_pb2.DATA_TYPE_FLOAT16}, PlanError),
         ({"precision": tensors_pb2.DATA_TYPE_INT8}, PlanError),
         ({"schedule": "zigzag"}, PlanError),
@@ -570,3 +576,17 @@ def test_the_log_holds_what_a_recovery_needs(tmp_path: Path) -> None:
         step = made.log.entries(name)[1].train_step
         assert (step.step, [part.rows for part in step.micro_batches]) == (1, [2, 2, 2, 2])
     assert logged.request.model.train.kind == graph_pb2.GRAPH_KIND_TRAIN
+
+
+def test_a_client_that_waits_hears_that_the_coordinator_lives(tmp_path: Path) -> None:
+    with cluster(tmp_path, stages=1) as made:
+        driver = driven(made, 1)
+        made.stages[0].go.clear()
+        driver.send_step()
+        for _ in range(2):
+            began = time.monotonic()
+            reply = next(driver.call)
+            assert not reply.HasField("result")
+            assert time.monotonic() - began < 4.0
+        made.stages[0].go.set()
+        assert driver.result().entry == 2

@@ -224,3 +224,23 @@ def test_dropout_draws_the_same_on_every_layout(processes: gradwire.Cluster) -> 
         assert other_losses == losses
         assert all(torch.equal(other_weights[name], weight) for name, weight in weights.items())
     assert train(2, "1f1b", seed=8)[0] != losses
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_dropout_equals_one_process(processes: gradwire.Cluster, stages: int) -> None:
+    """With torch's layers as they are: the comparison's own process draws as the servers do."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 2), nn.Dropout(0.4, inplace=True), nn.Linear(8, 8))
+    found = gradwire.verify(
+        processes,
+        model,
+        lambda made: torch.optim.AdamW(made.parameters()),
+        loss=F.mse_loss,
+        batch=(torch.randn(7, 3, 8), torch.randn(7, 3, 8)),
+        plan=gradwire.Plan(stages=stages, microbatches=3, recompute=stages == 3),
+        max_grad_norm=0.5,
+        double=True,
+        seed=stages,
+    )
+    assert found.equal, str(found)

@@ -210,18 +210,17 @@ def test_verification_finds_a_difference(cluster: gradwire.LocalCluster) -> None
     assert not found.equal
 
 
-def test_verification_refuses_dropout(cluster: gradwire.LocalCluster) -> None:
+def test_verification_draws_as_the_servers_do(cluster: gradwire.LocalCluster) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     batch = (torch.ones(4, 4), torch.zeros(4, dtype=torch.int64))
-    with pytest.raises(gradwire.ModelError, match="random numbers"):
-        gradwire.verify(
-            cluster,
-            model,
-            lambda copied: torch.optim.SGD(copied.parameters()),
-            loss=F.cross_entropy,
-            batch=batch,
-            plan=PLAN,
-        )
+    with cluster.trainer(model, optimizer, loss=F.cross_entropy, example=batch, plan=PLAN, seed=5) as trainer:
+        first = trainer.step(*batch).loss
+        before = torch.get_rng_state()
+        found = trainer.verify(batch)
+        assert found.equal, str(found)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert trainer.step(*batch).loss != first
 
 
 def test_a_wrong_batch_is_refused_and_the_run_goes_on(cluster: gradwire.LocalCluster) -> None:

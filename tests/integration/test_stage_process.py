@@ -17,6 +17,7 @@ import grpc
 import pytest
 import torch
 from stage_cluster import Cluster, wait_until
+from tcp_proxy import Fault, proxies
 
 from gradwire_protocol.channels import open_channel
 from gradwire_protocol.errors import ErrorInterceptor, RunNotFound, Unreachable
@@ -207,3 +208,22 @@ def test_membership_outlives_a_restarted_coordinator(coordinator) -> None:
         membership.stop()
         successor.next("deregister")
         successor.server.stop(0).wait()
+
+
+def test_a_run_is_let_go_when_its_coordinator_answers_no_more(coordinator) -> None:
+    """The connection stays open: only heartbeats without an answer tell."""
+    registration = coordinator_pb2.RegisterRequest(server="s", address="127.0.0.1:1")
+    coordinator.server.start()
+    reasons = queue.SimpleQueue()
+    with proxies() as before:
+        proxy = before(coordinator.address)
+        with open_channel(proxy.address) as channel:
+            membership = Membership(
+                channel, proxy.address, registration, stage_pb2.Activity, on_silence=reasons.put, silence_seconds=4.0
+            )
+            membership.start()
+            coordinator.next("register")
+            coordinator.next("heartbeat")
+            proxy.fault = Fault("drop", at_bytes=1)
+            assert "has not answered for 5 s" in reasons.get(timeout=20)
+            membership.stop()

@@ -20,7 +20,9 @@ from torch import nn
 
 import gradwire
 import gradwire_stage.operators
+import gradwire_stage.randomness
 import gradwire_stage.rebuild
+from gradwire_protocol.randomness import draw_seed
 
 SUBJECT = """
 import torch
@@ -45,6 +47,8 @@ def make_batch():
 
 loss = torch.nn.functional.mse_loss
 """
+
+WITH_DROPOUT = SUBJECT.replace("self.third(", "self.third(torch.nn.functional.dropout(x, 0.3) * ")
 
 
 def verify(directory: Path, *arguments: str) -> tuple[int, str, str]:
@@ -121,11 +125,34 @@ def test_a_broken_stage_server_is_found(broken: gradwire.Cluster, subject: Path,
     assert found["gradients"][0]["relative"] > 1e-5
 
 
+def test_dropout_is_drawn_as_the_servers_draw_it(subject: Path, tmp_path: Path) -> None:
+    subject.write_text(WITH_DROPOUT)
+    for arguments in ((), ("--precision", "bf16", "--stages", "3")):
+        code, out, err = verify(tmp_path, str(subject), *arguments)
+        assert code == 0, out + err
+    assert "float32 under bfloat16 autocast: equal to one process" in out
+    assert "weight (not judged)" in out
+
+
+def test_a_wrongly_seeded_server_is_found(subject: Path, tmp_path: Path) -> None:
+    """One that draws the same numbers in each micro-batch; of one stage, since servers here share the generator."""
+    subject.write_text(WITH_DROPOUT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gradwire_stage.randomness, "draw_seed", lambda *key: draw_seed(*key[:2], 0, key[3]))
+        with cluster_in_process(tmp_path / "state", stage_servers=1) as cluster:
+            code, out, err = verify(tmp_path, str(subject), "--coordinator", cluster.address, "--stages", "1", "--json")
+    assert code == 1, out + err
+    assert json.loads(out)["gradient_difference"] > 1e-3
+
+
 def test_wrong_input(sound: gradwire.Cluster, subject: Path, tmp_path: Path) -> None:
-    subject.write_text(SUBJECT.replace("self.third(", "self.third(torch.nn.functional.dropout(x) + "))
+    code, out, err = verify(tmp_path, str(subject), "--coordinator", sound.address, "--double", "--precision", "bf16")
+    assert code == 2, out + err
+    assert "cannot be used together" in err
+    subject.write_text(SUBJECT.replace("self.third(", "self.third(x if x.sum() > 0 else "))
     code, out, err = verify(tmp_path, str(subject), "--coordinator", sound.address)
     assert code == 2, out + err
-    assert "random numbers" in err
+    assert "Control flow or a size depends on the data" in err
 
 
 def test_no_such_file(sound: gradwire.Cluster, tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ REFUSED = (
         custom,
         "The backward of autograd.Function 'Doubled' would be lost",
         "return Doubled.apply(",
-        "torch's own differentiable operators",
+        "torch's own differentiable operators, or as torch.library.custom_op",
     ),
     refused(
         "`Tensor.register_hook`",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,8 +41,11 @@ class Chain:
         seed: int = 0,
         precision: torch.dtype | None = None,
         recompute: bool = False,
+        split: Collection[int] = (),
     ) -> None:
+        """split: the micro-batches whose weight gradients come at the end of a step."""
         self.exported = exported
+        self._split = split
         self._precision = precision
         self._recompute = recompute
         made = make_segments(check_model(exported.proto), cuts, rows=2, rates=Rates(1e9, 1e9))
@@ -72,8 +75,11 @@ class Chain:
             weights.append(float(last.loss_weight) if summed else float(rows))  # type: ignore[arg-type]
             losses[-1] *= 1.0 if summed else rows
             seeds.append(1.0 if summed else float(rows))
-        for made, wanting, seed in zip(passes, requires, seeds, strict=True):
-            self._backward(made, wanting, seed)
+        waiting: list[SegmentPass] = []
+        for number, (made, wanting, seed) in enumerate(zip(passes, requires, seeds, strict=True)):
+            self._backward(made, wanting, seed, waiting if number in self._split else None)
+        for segment_pass in waiting:
+            segment_pass.backward_weight()
         return Outcome(sum(losses) / sum(weights), self._gradients(sum(weights)), self._buffers())
 
     def built(self, segment: stage_pb2.Segment) -> BuiltSegment:
@@ -127,7 +133,14 @@ class Chain:
             sent.update(made[-1].outgoing)
         return made, {name: isinstance(value, torch.Tensor) and value.requires_grad for name, value in sent.items()}
 
-    def _backward(self, passes: list[SegmentPass], requires: dict[str, bool], loss_gradient: float) -> None:
+    def _backward(
+        self,
+        passes: list[SegmentPass],
+        requires: dict[str, bool],
+        loss_gradient: float,
+        waiting: list[SegmentPass] | None,
+    ) -> None:
+        """Go back through the stages; where there is a list for it, leave out the weights, and append the passes."""
         gradients: dict[tuple[str, int, int], torch.Tensor | None] = {}  # (value, from stage, to stage)
         segments = self.segments[graph_pb2.GRAPH_KIND_TRAIN]
         for segment, made in reversed(list(zip(segments, passes, strict=True))):
@@ -144,7 +157,11 @@ class Chain:
             }
             if made.inputs is not None:
                 made = self.built(segment).again(made.inputs)
-            back = made.backward(from_first, relayed, loss_gradient)
+            if waiting is None:
+                back = made.backward(from_first, relayed, loss_gradient)
+            else:
+                back = made.backward_input(from_first, relayed, loss_gradient)
+                waiting.append(made)
             for item in segment.incoming:
                 if requires[item.value]:
                     gradients[item.value, stage, item.gradient_to_stage] = back[item.value]

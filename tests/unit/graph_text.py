@@ -2,7 +2,7 @@
 
 input x            a batch input; "input x int" is one of integers
 tensor w = W       the model's tensor W, known as w in this graph
-h = linear(x, w)   a node; its target is "test.linear"
+h = linear(x, w)   a node; its target is "aten.linear"
 update h -> B      the buffer B gets the value h
 mutate B           an operator writes to the tensor B in place
 output h
@@ -43,7 +43,7 @@ def graph(kind: str, text: str, *, allowed_cuts: list[int] | None = None, flops:
             names = [argument.strip() for argument in arguments.split(",") if argument.strip()]
             made.nodes.add(
                 name=name,
-                target=f"test.{target}",
+                target=f"aten.{target}",
                 arguments=[graph_pb2.Argument(value=argument) for argument in names],
                 module_path=f"module.{name}",
                 output=value_spec(),

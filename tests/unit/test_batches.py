@@ -20,6 +20,20 @@ def test_no_rows_are_refused() -> None:
         split_sizes(0, 4)
 
 
+def test_exact_sizes() -> None:
+    assert split_sizes(12, 4, exactly=3) == [3, 3, 3, 3]
+    assert split_sizes(3, 4, exactly=3) == [3]
+    assert [(part.index, part.first_row, part.rows) for part in micro_batches(6, 4, exactly=3)] == [
+        (0, 0, 3),
+        (1, 3, 3),
+    ]
+    for rows in (1, 7, 15):
+        with pytest.raises(BatchError, match=rf"3 or 6 or 9 or 12 rows.*Got: {rows} rows"):
+            split_sizes(rows, 4, exactly=3)
+    with pytest.raises(BatchError, match="3 or 6 or … or 60 rows"):
+        split_sizes(4, 20, exactly=3)
+
+
 def test_micro_batches_follow_each_other() -> None:
     parts = micro_batches(7, 3)
     assert [(part.index, part.first_row, part.rows) for part in parts] == [(0, 0, 3), (1, 3, 2), (2, 5, 2)]

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from gradwire.checkpoint import directory
-from gradwire.checkpoint.directory import remove, replaced, settle
+from gradwire_protocol.checkpoint import directory
+from gradwire_protocol.checkpoint.directory import remove, replaced, settle
 
 # Replaces the directory over and over: two files that belong together, each 300 kB of one digit.
 _WRITER = """
 import itertools, sys
 from pathlib import Path
-from gradwire.checkpoint.directory import replaced
+from gradwire_protocol.checkpoint.directory import replaced
 print("ready", flush=True)
 for number in itertools.count():
     with replaced(Path(sys.argv[1])) as stage:

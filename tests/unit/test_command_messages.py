@@ -13,7 +13,7 @@ from gradwire.job.reporter import Beginning, StepRecord, Validation
 from gradwire.progress import ProgressBar
 from gradwire.results import StepResult
 from gradwire_protocol.errors import DataError, PlanError, StageFailed, Unreachable
-from gradwire_protocol.v1 import coordinator_pb2
+from gradwire_protocol.v1 import coordinator_pb2, tensors_pb2
 
 BEGINNING = Beginning(
     source="a book",
@@ -27,7 +27,16 @@ BEGINNING = Beginning(
         schedule="1f1b",
         micro_batches=8,
         theoretical_bubble_ratio=1 / 9,
-        stages=[coordinator_pb2.StageSummary(stage=0, first_module="embedding", last_module="blocks.1")],
+        stages=[
+            coordinator_pb2.StageSummary(
+                stage=0,
+                first_module="embedding",
+                last_module="blocks.1",
+                codec=tensors_pb2.CODEC_INT8,
+                codec_reason="link 9.6 Mbit/s",
+            ),
+            coordinator_pb2.StageSummary(stage=1),
+        ],
     ),
 )
 SUMMARY: dict[str, Any] = {
@@ -86,6 +95,7 @@ def test_lines_are_few_but_say_what_matters(capsys: pytest.CaptureFixture[str]) 
         "a book: 9,000 bytes for training, 1,000 held out; 10 steps are 0.50 epochs",
         "theoretical bubble 11.1%",
         "stage 0: embedding … blocks.1",
+        "boundary 0→1: int8, link 9.6 Mbit/s",
         "after step 10: training loss 2.6000",
         "epoch 1: average training loss 3.0000",
         "epoch 2 (25% of it): average training loss 2.0000",

@@ -6,7 +6,7 @@ import pytest
 
 from gradwire_coordinator.programs import ProgramBook, choose_schedule, recomputing_stages, training_programs
 from gradwire_protocol.errors import FrameError, ModelError, PlanError
-from gradwire_protocol.program import format_program, program_from_proto
+from gradwire_protocol.program import format_program, parse_program, program_from_proto
 from gradwire_protocol.v1 import graph_pb2, run_pb2
 
 TRAIN, EVALUATE = graph_pb2.GRAPH_KIND_TRAIN, graph_pb2.GRAPH_KIND_EVALUATE
@@ -44,6 +44,11 @@ def test_stages_whose_backwards_follow_directly_do_not_recompute(
     schedule: str, micro_batches: int, expected: list[bool]
 ) -> None:
     assert recomputing_stages(training_programs(schedule, 0, 3, micro_batches)) == expected
+
+
+def test_which_stages_recompute_where_a_server_has_several_and_backwards_are_in_two_parts() -> None:
+    programs = [parse_program("0F0 0F1 3F0 3I0 3F1 3I1 3W0 0B0 3W1 0B1"), parse_program("1F0 2F0 1F1 2F1 2I0 2I1 2W0")]
+    assert recomputing_stages(programs) == [True, True, True, False]
 
 
 def test_ties_are_reduced_by_their_holders_and_norms_by_all() -> None:

@@ -131,3 +131,34 @@ def test_time_in_which_nothing_could_be_heard_does_not_count() -> None:
     registry.forgive(1000)  # never into the future
     clock.now += 10.5
     assert [server.server for server in registry.expire()] == ["a"]
+
+
+def test_a_server_stands_still_from_its_last_progress_to_its_last_heartbeat() -> None:
+    registry, clock = make("a")
+
+    def beat(progress: int, client_progress: int = 0, run: str = "r") -> tuple[float, float, float]:
+        activity = stage_pb2.Activity(run=run, generation=1, progress=progress, client_progress=client_progress)
+        registry.heartbeat("a", activity)
+        clock.now += 1
+        known = registry.standing("a")
+        assert known is not None
+        return known.silent_seconds, known.still_seconds, known.client_still_seconds
+
+    assert beat(1) == (1, 0, 0)
+    assert beat(1) == (1, 1, 1)
+    assert beat(2) == (1, 0, 2)
+    assert beat(2) == (1, 1, 3)
+    assert beat(3, 1) == (1, 0, 0)
+    clock.now += 5
+    known = registry.standing("a")
+    assert known is not None
+    # Late heartbeats are silence, not standing still.
+    assert (known.silent_seconds, known.still_seconds) == (6, 0)
+    assert beat(3, 1) == (1, 6, 6)
+    # Time in which no heartbeat could be heard proves nothing.
+    clock.now += 8
+    registry.forgive(8)
+    assert beat(3, 1) == (1, 7, 7)
+    # Another run begins from nothing.
+    assert beat(3, 1, "s") == (1, 0, 0)
+    assert registry.standing("b") is None

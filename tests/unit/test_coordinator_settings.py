@@ -19,7 +19,7 @@ def test_flags_go_over_the_environment_and_that_over_the_file(tmp_path: Path, mo
     monkeypatch.setenv("GRADWIRE_COORDINATOR_ADVERTISE", "127.0.0.1:4")
     settings = load_coordinator_settings({"listen": "127.0.0.1:5", "advertise": None}, config)
     assert (settings.listen, settings.advertise, settings.lease_seconds) == ("127.0.0.1:5", "127.0.0.1:4", 30)
-    assert settings.heartbeat_seconds == 2
+    assert settings.heartbeat_seconds == 1
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,7 @@ def test_flags_go_over_the_environment_and_that_over_the_file(tmp_path: Path, mo
     [
         ("lease_seconds = 'long'", "lease_seconds"),
         ("lease_seconds = 0.1", "lease_seconds"),
+        ("checkpoint_root = '/nowhere/at/all'", "checkpoint_root"),
         ("lease_seconds = 2\nheartbeat_seconds = 1.5", "twice heartbeat_seconds"),
         ("lisen = 'x'", "lisen"),
     ],

@@ -87,3 +87,16 @@ def test_reports_that_are_not_owed_are_refused(stage: int, bad: run_pb2.EntryRep
 def test_a_report_of_nothing_is_refused() -> None:
     with pytest.raises(FrameError, match="not sent"):
         Window(["a"]).report(0, report(1), 1.0)
+
+
+def test_the_oldest_entry_counts_from_when_it_became_the_oldest() -> None:
+    window = Window(["a", "b"])
+    assert window.oldest(5.0) is None
+    assert window.owed_seconds(0, 5.0) == 0.0
+    window.add(step(1), 10.0)
+    window.add(step(2), 11.0)
+    assert window.oldest(12.0) == (step(1), 2.0)
+    window.report(0, report(1), 14.0)
+    assert (window.owed_seconds(0, 16.0), window.owed_seconds(1, 16.0)) == (5.0, 6.0)
+    window.report(1, report(1, (0, 1.0, 1.0)), 17.0)
+    assert window.oldest(18.0) == (step(2), 1.0)

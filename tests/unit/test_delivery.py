@@ -158,3 +158,22 @@ def test_cancel_drops_what_is_queued(receiver):
     sender.close()
     receiver.gate.set()
     assert receiver.ended.wait(5)
+
+
+def test_every_frame_that_the_network_takes_is_counted(receiver):
+    frames = []
+    sender = FrameSender(receiver.channel, "peer", on_frame=lambda: frames.append(1))
+    header, payload = message(3 * 2**20 + 5)
+    sender.send(header, payload)
+    sender.flush(5)
+    assert sender.unreceipted == (0, 0)
+    # The last one counts when gRPC comes for more.
+    wait_until(lambda: len(frames) == 4)
+    assert len(frames) == 4
+    receiver.gate.clear()
+    header, payload = message(10)
+    sender.send(header, payload)
+    assert sender.unreceipted == (1, 10)
+    receiver.gate.set()
+    sender.flush(5)
+    sender.close()

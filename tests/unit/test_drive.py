@@ -16,16 +16,26 @@ from gradwire_protocol.channels import open_channel
 from gradwire_protocol.errors import Aborted, ErrorInterceptor, GradwireError, InternalError, StageFailed, Unreachable
 from gradwire_protocol.v1 import coordinator_pb2, coordinator_pb2_grpc, run_pb2
 
+# Stands for a sign of life among the results.
+SIGN = 0
 Answer = Callable[[Iterator[coordinator_pb2.DriveRequest]], Iterator[int]]
 
 
 class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
     def __init__(self, answer: Answer) -> None:
         self.answer = answer
+        self.ended: list[str] = []
 
     def Drive(self, requests: Iterator[coordinator_pb2.DriveRequest], context: Any) -> Iterator[Any]:
         for number in self.answer(requests):
-            yield coordinator_pb2.DriveReply(result=run_pb2.EntryResult(entry=number, loss=float(number)))
+            if number == SIGN:
+                yield coordinator_pb2.DriveReply()
+            else:
+                yield coordinator_pb2.DriveReply(result=run_pb2.EntryResult(entry=number, loss=float(number)))
+
+    def EndRun(self, request: coordinator_pb2.EndRunRequest, context: Any) -> coordinator_pb2.EndRunReply:
+        self.ended.append(request.run)
+        return coordinator_pb2.EndRunReply()
 
 
 Start = Callable[..., Drive]
@@ -36,13 +46,14 @@ def start() -> Iterator[Start]:
     """Start a server that answers the stream with the results of these entries, and drive it."""
     ends: list[Callable[[], Any]] = []
 
-    def start_one(answer: Answer, window: int = 2) -> Drive:
+    def start_one(answer: Answer, window: int = 2, **options: Any) -> Drive:
         server = grpc.server(futures.ThreadPoolExecutor(4), interceptors=(ErrorInterceptor(),))
-        coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(Coordinator(answer), server)
+        servicer = options.pop("servicer", None) or Coordinator(answer)
+        coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(servicer, server)
         port = server.add_insecure_port("127.0.0.1:0")
         server.start()
         channel = open_channel(f"127.0.0.1:{port}")
-        drive = Drive(channel, "run", 3, window, "the coordinator")
+        drive = Drive(channel, "run", 3, window, "the coordinator", **options)
         ends.extend((lambda: drive.close(1.0), channel.close, lambda: server.stop(0).wait()))
         return drive
 
@@ -127,7 +138,7 @@ def expect(drive: Drive, kind: type[GradwireError]) -> None:
 
 
 def test_a_stream_that_ends_early_is_an_error(start: Start) -> None:
-    expect(start(lambda requests: iter(())), Aborted)
+    expect(start(lambda requests: (next(requests), iter(()))[1]), Aborted)
 
 
 def test_a_result_out_of_order_is_an_error(start: Start) -> None:
@@ -169,3 +180,54 @@ def test_closing_does_not_wait_for_ever(start: Start) -> None:
     began = time.monotonic()
     drive.close(0.2)
     assert time.monotonic() - began < 1.5
+
+
+def test_a_coordinator_that_gives_no_sign_of_life_is_unreachable(start: Start) -> None:
+    go = threading.Event()
+
+    def answer(requests: Iterator[coordinator_pb2.DriveRequest]) -> Iterator[int]:
+        go.wait(20)
+        return iter(())
+
+    failed = threading.Event()
+    drive = start(answer, silence_seconds=2.0, on_failure=failed.set)
+    future = submit(drive)
+    began = time.monotonic()
+    with pytest.raises(Unreachable, match="The coordinator has not been heard of for") as caught:
+        future.result(10)
+    go.set()
+    assert 1.0 < time.monotonic() - began < 6.0
+    assert caught.value.got == "none while 1 entries were open"
+    assert failed.wait(1)
+
+
+def test_signs_of_life_are_no_results_and_keep_a_long_wait_alive(start: Start) -> None:
+    def answer(requests: Iterator[coordinator_pb2.DriveRequest]) -> Iterator[int]:
+        number = next(requests).entry.number
+        for _ in range(8):
+            yield SIGN
+            time.sleep(0.5)
+        yield number
+
+    drive = start(answer, silence_seconds=2.0)
+    assert submit(drive).result(10).loss == 1.0
+    assert drive.finished_number == 1
+
+
+def test_an_abort_ends_the_run_at_the_coordinator_and_every_wait_at_once(start: Start) -> None:
+    go = threading.Event()
+
+    def answer(requests: Iterator[coordinator_pb2.DriveRequest]) -> Iterator[int]:
+        go.wait(20)
+        return iter(())
+
+    servicer = Coordinator(answer)
+    drive = start(answer, servicer=servicer)
+    future = submit(drive)
+    began = time.monotonic()
+    drive.abort(5.0)
+    assert time.monotonic() - began < 2.0
+    go.set()
+    assert servicer.ended == ["run"]
+    assert isinstance(future.exception(0), Aborted)
+    drive.abort(5.0)

@@ -108,3 +108,22 @@ def test_nobody_listening_is_unreachable_and_names_the_target():
 def test_text_of_an_error():
     error = GradwireError("Too few.", expected="3", got="2", remedy="add one")
     assert str(error) == "Too few. Expected: 3. Got: 2. Remedy: add one."
+
+
+def test_a_call_cancelled_while_a_status_was_on_its_way_was_cancelled() -> None:
+    """grpc_status refuses such a call, whose code and status differ."""
+    status = to_status(errors.PlanError("too late"))
+
+    class Call(grpc.RpcError, grpc.Call):
+        def code(self) -> grpc.StatusCode:
+            return grpc.StatusCode.CANCELLED
+
+        def details(self) -> str:
+            return "Locally cancelled by application!"
+
+        def trailing_metadata(self) -> object:
+            return (("grpc-status-details-bin", status.SerializeToString()),)
+
+    Call.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]
+    error = from_rpc_error(Call(), target="the coordinator")
+    assert type(error) is errors.Aborted

@@ -1,7 +1,9 @@
 """Frames against the generated classes, and against everything that a broken or hostile sender may do."""
 
 import math
+import tracemalloc
 
+import google_crc32c
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -43,11 +45,11 @@ sizes = st.one_of(
 
 
 @settings(max_examples=80, deadline=None)
-@given(sizes, st.text(max_size=40), st.integers(0, 2**32 - 1))
-def test_hand_written_frames_are_what_the_generated_classes_read(size, value, micro_batch):
+@given(sizes, st.text(max_size=40), st.integers(0, 2**32 - 1), st.booleans())
+def test_hand_written_frames_are_what_the_generated_classes_read(size, value, micro_batch, checksums):
     header = header_for([size], element=1, value=value, micro_batch=micro_batch)
     data = payload(size)
-    encoded = list(frames.encode_frames(header, data))
+    encoded = list(frames.encode_frames(header, data, checksums=checksums))
     parsed = [pb.TensorFrame.FromString(frame) for frame in encoded]
     assert parsed[0].header == header
     assert b"".join(frame.chunk.data for frame in parsed) == bytes(data)
@@ -55,12 +57,19 @@ def test_hand_written_frames_are_what_the_generated_classes_read(size, value, mi
     assert not any(frame.HasField("header") for frame in parsed[1:])
     # Data begin on a multiple of 16, so that tensors over them are aligned.
     assert all(
-        (len(frame) - len(part.chunk.data)) % 16 == 0 for frame, part in zip(encoded, parsed, strict=True) if size
+        (len(frame) - len(part.chunk.data) - 5 * checksums) % 16 == 0
+        for frame, part in zip(encoded, parsed, strict=True)
+        if size
     )
     # And canonical: the generated classes write the very same bytes.
     assert [part.SerializeToString() for part in parsed] == encoded
 
-    assembler = frames.FrameAssembler()
+    for part in parsed:
+        expected = google_crc32c.value(part.chunk.data) if checksums and part.HasField("chunk") else 0
+        assert part.chunk.checksum == expected
+
+    wanted = frames.Admission.KEEP_CHECKED if checksums else frames.Admission.KEEP
+    assembler = frames.FrameAssembler(admit=lambda *_: wanted)
     results = [assembler.feed(frame) for frame in encoded]
     assembler.finish()
     assert results[:-1] == [None] * (len(results) - 1)
@@ -85,18 +94,20 @@ def test_frames_of_the_generated_classes_are_read(size, chunks):
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_mutated_frames_are_refused_or_read_as_the_generated_class_reads_them(data):
-    encoded = bytearray(next(frames.encode_frames(header_for([5, 3]), payload(60))))
+    checksums = data.draw(st.booleans())
+    encoded = bytearray(next(frames.encode_frames(header_for([5, 3]), payload(60), checksums=checksums)))
     for _ in range(data.draw(st.integers(1, 4))):
         encoded[data.draw(st.integers(0, len(encoded) - 1))] = data.draw(st.integers(0, 255))
     frame = bytes(encoded[: data.draw(st.integers(1, len(encoded)))])
     try:
-        header, offset, chunk = frames.decode_frame(frame)
+        header, offset, chunk, checksum = frames.decode_frame(frame)
     except FrameError:
         return
     theirs = pb.TensorFrame.FromString(frame)
     assert (header or pb.TensorHeader()) == theirs.header
     assert offset == theirs.chunk.offset
     assert bytes(chunk or b"") == theirs.chunk.data
+    assert checksum == (theirs.chunk.checksum if theirs.chunk.HasField("checksum") else None)
 
 
 @pytest.mark.parametrize(
@@ -183,3 +194,56 @@ def test_numbers_and_absent_values_are_messages_of_their_own():
                 header=pb.TensorHeader(key=header_for([1]).key, sequence=5, integer=1), chunk=pb.TensorChunk(data=b"1")
             ).SerializeToString()
         )
+
+
+def test_a_wrong_checksum_names_message_and_place():
+    header = header_for([3 * 2**20], element=1, entry=7, micro_batch=2)
+    good = list(frames.encode_frames(header, payload(3 * 2**20), checksums=True))
+
+    def read(*encoded, wanted=frames.Admission.KEEP_CHECKED):
+        assembler = frames.FrameAssembler(admit=lambda *_: wanted)
+        return [assembler.feed(frame) for frame in encoded][-1]
+
+    assert bytes(read(*good).payload) == bytes(payload(3 * 2**20))
+    flipped = bytearray(good[1])
+    flipped[1000] ^= 1
+    words = "offset 1048576 is not what was sent: forward of micro-batch 2 .*entry 7.*CRC-32C"
+    with pytest.raises(FrameError, match=words):
+        read(good[0], bytes(flipped))
+    # In a run with checksums none may lack one; elsewhere they are not looked at, nor where the message is skipped.
+    bare = list(frames.encode_frames(header, payload(3 * 2**20)))
+    with pytest.raises(FrameError, match="Expected: a checksum"):
+        read(good[0], bare[1])
+    for wanted in (frames.Admission.KEEP, frames.Admission.SKIP):
+        assert read(good[0], bytes(flipped), good[2], wanted=wanted) is not None
+    one = bytearray(*frames.encode_frames(header_for([5, 3]), payload(60), checksums=True))
+    one[-10] ^= 1
+    with pytest.raises(FrameError, match="offset 0"):
+        read(bytes(one))
+
+
+def test_a_skipped_message_is_checked_and_takes_no_memory():
+    size = 200 * 2**20
+    sent = list(frames.encode_frames(header_for([size], element=1), memoryview(bytes(size))))
+    seen = []
+
+    def skip(header, payload_bytes):
+        seen.append(payload_bytes)
+        return frames.Admission.SKIP
+
+    assembler = frames.FrameAssembler(admit=skip)
+    tracemalloc.start()
+    try:
+        results = list(map(assembler.feed, sent))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert seen == [size]
+    assert results[:-1] == [None] * (len(results) - 1)
+    assert (results[-1].payload, results[-1].kept) == (None, False)
+    assert peak < 2**20
+    # The next message is whole again; gaps in a skipped one are refused like in any other.
+    assert assembler.feed(*frames.encode_frames(header_for([1], sequence=2), payload(4))).kept is False
+    assembler.feed(pb.TensorFrame(header=header_for([5, 3], sequence=3)).SerializeToString())
+    with pytest.raises(FrameError, match="missing or repeated"):
+        assembler.feed(chunk(8, 4))

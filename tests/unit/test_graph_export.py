@@ -12,7 +12,9 @@ from graph_driver import Chain, assert_equal, eager
 from graph_models import GPT, Case, Counting, Dropping, Masked, ResidualNet, cases, squared_loss, token_loss
 from torch import nn
 
+import gradwire.graph.exported
 from gradwire.graph import ExportedModel, export_model, unbatched
+from gradwire.graph.capture import Captured
 from gradwire_protocol.errors import BatchError, ModelError, PlanError
 from gradwire_protocol.v1 import graph_pb2 as pb
 
@@ -122,7 +124,7 @@ def test_training_and_evaluation_are_graphs_of_their_own() -> None:
 def test_dropout_is_in_the_train_graph_only() -> None:
     exported = export_model(Dropping(), squared_loss, (torch.randn(3, 6), torch.randn(3, 6)))
     assert any(node.random for node in exported.proto.train.nodes)
-    assert not any(node.arguments[2].boolean for node in exported.proto.evaluate.nodes if node.random)
+    assert not any(node.random for node in exported.proto.evaluate.nodes)
 
 
 def test_predictions_come_in_the_models_own_structure() -> None:
@@ -164,6 +166,32 @@ def test_the_users_model_is_not_changed() -> None:
     assert exported.tensors["count"] is model.count
     model(x)  # still a model of real tensors
     assert "aten.mul.Tensor" in {node.target for node in exported.proto.train.nodes}  # the hook is part of the graph
+
+
+@pytest.mark.parametrize(
+    ("loss", "exports"),
+    [
+        (F.mse_loss, 2),  # hands the output to broadcast_tensors, which gives it back
+        (lambda output, target: (output.to(output.dtype).contiguous() - target).square().mean(), 2),
+        (lambda output, target: (output.sub_(target) ** 2).mean(), 3),
+    ],
+)
+def test_predictions_are_exported_apart_only_where_the_loss_changes_the_output(
+    monkeypatch: pytest.MonkeyPatch, loss: Any, exports: int
+) -> None:
+    made = []
+    capture = gradwire.graph.exported.capture
+
+    def counted(*arguments: Any, **settings: Any) -> Captured:
+        made.append(capture(*arguments, **settings))
+        return made[-1]
+
+    monkeypatch.setattr(gradwire.graph.exported, "capture", counted)
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)), torch.randn(4, 3)
+    exported = export_model(model, loss, (x, x))
+    assert len(made) == exports
+    torch.testing.assert_close(Chain(exported, [1]).predict((x,)), model(x))
+    torch.testing.assert_close(Chain(exported, [1]).evaluate((x, x)), loss(model(x), x).item())
 
 
 def test_state_kept_on_the_module_does_not_leak_fake_tensors() -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from gradwire_protocol.errors import Aborted, LimitExceeded
 from gradwire_protocol.v1 import tensors_pb2 as pb
-from gradwire_stage.mailbox import OVERHEAD_BYTES, Key, Mailbox
+from gradwire_stage.keys import Key
+from gradwire_stage.mailbox import OVERHEAD_BYTES, Mailbox
 
 
 def key(entry: int = 1, micro_batch: int = 0, value: str = "v", direction=pb.DIRECTION_FORWARD, stage: int = 0) -> Key:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from gradwire.plan import Plan
-from gradwire_protocol.errors import PlanError
+from gradwire_protocol.errors import PlanError, SettingsError
 
 
 def no_modules(path: str) -> int:
@@ -29,6 +29,9 @@ def test_defaults_are_the_documented_ones() -> None:
         "window": 2,
         "transport": "auto",
         "cuts": None,
+        "stall_seconds": 60.0,
+        "step_seconds": None,
+        "checksums": False,
     }
 
 
@@ -50,10 +53,18 @@ def test_is_frozen_and_keyword_only() -> None:
         ("window", 17),
         ("replicas", 0),
         ("recompute", 1),
+        ("checksums", "crc32c"),
         ("cuts", "layers.1"),
         ("cuts", [True]),
         ("cuts", [0]),
         ("cuts", [1.5]),
+        ("stall_seconds", 0.5),
+        ("stall_seconds", None),
+        ("stall_seconds", float("nan")),
+        ("stall_seconds", float("inf")),
+        ("step_seconds", 0),
+        ("step_seconds", True),
+        ("step_seconds", "10"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_was_expected(field: str, value: Any) -> None:
@@ -73,7 +84,8 @@ def test_a_wrong_value_is_named_with_what_was_expected(field: str, value: Any) -
         ("schedule", "interleaved-1f1b", "'gpipe'"),
         ("exchange", "parameter-server", "'ring'"),
         ("compression", "topk(density=0.01)", "'none'"),
-        ("activation_compression", "fp16", "'none'"),
+        ("activation_compression", "topk", "'int8' or 'auto'"),
+        ("activation_compression", None, "'int8' or 'auto'"),
         ("transport", "nccl", "'grpc'"),
         ("transport", "gloo", "'auto'"),
     ],
@@ -91,6 +103,18 @@ def test_the_number_of_cuts_must_fit_the_stages() -> None:
         Plan(stages=3, cuts=[4])
 
 
+def test_codecs_of_activations_are_one_for_all_boundaries_or_one_for_each() -> None:
+    def sent(codecs: Any, stages: int = 3) -> list[str]:
+        plan = Plan(stages=stages, activation_compression=codecs)
+        return list(plan.to_proto(rows=1, cut_before=no_modules).activation_compression)
+
+    assert sent("auto") == ["auto"]
+    assert sent(["int8", "none"]) == ["int8", "none"]
+    assert sent([], stages=1) == []
+    with pytest.raises(PlanError, match="2 for the boundaries of 3 stages"):
+        Plan(stages=3, activation_compression=["int8"])
+
+
 def test_cuts_by_module_become_positions() -> None:
     plan = Plan(stages=3, cuts=["layers.1", 9], microbatches=4, window=3, schedule="gpipe")
     message = plan.to_proto(rows=12, cut_before={"layers.1": 5}.__getitem__)
@@ -106,3 +130,11 @@ def test_cuts_that_do_not_rise_are_refused() -> None:
 
 def test_without_cuts_the_coordinator_chooses() -> None:
     assert not Plan(stages=3).to_proto(rows=1, cut_before=no_modules).cuts
+
+
+def test_checksums_need_their_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Plan(checksums=True).to_proto(rows=8, cut_before=no_modules).checksums
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not Plan().to_proto(rows=8, cut_before=no_modules).checksums
+    with pytest.raises(SettingsError, match=r"cannot make checksums.*gradwire\[checksums\]"):
+        Plan(checksums=True).to_proto(rows=8, cut_before=no_modules)

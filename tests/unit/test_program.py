@@ -8,9 +8,12 @@ from gradwire_protocol.errors import FrameError
 from gradwire_protocol.program import (
     BACKWARD,
     FORWARD,
+    INPUT_GRADIENT,
     NORM,
+    OF_MICRO_BATCH,
     REDUCE,
     UPDATE,
+    WEIGHT_GRADIENT,
     Action,
     format_program,
     parse_action,
@@ -21,7 +24,7 @@ from gradwire_protocol.program import (
 from gradwire_protocol.v1 import run_pb2
 
 actions = st.one_of(
-    st.builds(Action, st.integers(0, 999), st.sampled_from([FORWARD, BACKWARD]), st.integers(0, 999)),
+    st.builds(Action, st.integers(0, 999), st.sampled_from(sorted(OF_MICRO_BATCH)), st.integers(0, 999)),
     st.sampled_from([REDUCE, NORM, UPDATE]).map(lambda kind: Action(0, kind, 0)),
 )
 
@@ -36,6 +39,7 @@ def test_programs_survive_text_and_wire(program):
 def test_text_form():
     assert str(Action(2, FORWARD, 0)) == "2F0"
     assert format_program([Action(1, BACKWARD, 3), Action(0, UPDATE, 0)]) == "1B3 UPDATE"
+    assert format_program([Action(2, INPUT_GRADIENT, 0), Action(2, WEIGHT_GRADIENT, 0)]) == "2I0 2W0"
 
 
 @pytest.mark.parametrize("text", ["", "F0", "2X0", "2F", "2F-1", "update", "2F0 "])

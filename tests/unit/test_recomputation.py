@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from graph_driver import Chain, assert_equal
 from graph_models import Case, Dropping, cases, squared_loss
+from live_memory import Live
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from gradwire.graph import export_model
 from gradwire_protocol.errors import InternalError
@@ -98,29 +94,6 @@ def test_a_backward_without_running_again_is_refused() -> None:
     made = chain.built(segment).forward(values, step=1, micro_batch=0, record=True, keep=False)
     with pytest.raises(InternalError, match="before its forward pass was run again"):
         made.backward({}, {}, 1.0)
-
-
-class Live(TorchDispatchMode):
-    """The memory of tensors that operators made, while they are there, and the most that there was."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                storage = leaf.untyped_storage()
-                reference = StorageWeakRef(storage)
-                self._storages[reference.cdata] = (reference, storage.nbytes())
-        self.peak = max(self.peak, self.bytes())
-        return result
-
-    def bytes(self) -> int:
-        self._storages = {key: item for key, item in self._storages.items() if not item[0].expired()}
-        return sum(size for _, size in self._storages.values())
 
 
 def test_activations_are_not_kept() -> None:

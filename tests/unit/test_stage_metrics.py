@@ -17,8 +17,8 @@ def test_the_series_of_a_run_go_when_it_ends() -> None:
     for run in (first, second):
         run.start()
         run.timing(timing, step=True)
-        run.sent("peer", pb.DIRECTION_FORWARD, 100, 0.01)
-        run.received("client", pb.DIRECTION_BATCH, 7)
+        run.sent("peer", pb.DIRECTION_FORWARD, pb.CODEC_INT8, 100, 0.01)
+        run.received("client", pb.DIRECTION_BATCH, pb.CODEC_UNSPECIFIED, 7)  # a number
         run.collected(5)
         run.loss(1.5)
         run.parameter_bytes(64)
@@ -28,10 +28,12 @@ def test_the_series_of_a_run_go_when_it_ends() -> None:
     assert value("gradwire_stage_busy_seconds_total", {**labels, "phase": "backward"}) == 0
     assert value("gradwire_stage_idle_seconds_total", {**labels, "reason": "wait-batch"}) == 1
     assert value("gradwire_step_duration_seconds_sum", labels) == 3
-    transfer = {"run": "first", "peer": "client", "direction": "received", "kind": "batch"}
-    assert value("gradwire_transfer_bytes_total", transfer) == 7
+    received = {"run": "first", "peer": "client", "direction": "received", "kind": "batch", "codec": "none"}
+    assert value("gradwire_transfer_bytes_total", received) == 7
+    sent = {"run": "first", "peer": "peer", "direction": "sent", "kind": "forward", "codec": "int8"}
+    assert value("gradwire_transfer_bytes_total", sent) == 100
     first.remove()
-    first.sent("peer", pb.DIRECTION_FORWARD, 100, 0.01)  # a receipt that comes too late
+    first.sent("peer", pb.DIRECTION_FORWARD, pb.CODEC_NONE, 100, 0.01)  # a receipt that comes too late
     first.loss(2.0)
     exposed = generate_latest(registry).decode()
     assert 'run="first"' not in exposed

@@ -22,6 +22,17 @@ def test_flags_win_over_environment_over_file(monkeypatch, tmp_path) -> None:
     assert load_stage_settings({"coordinator": "127.0.0.1:1"}, None).threads == 2
 
 
+def test_memory_is_shared_unless_it_is_switched_off(monkeypatch, tmp_path) -> None:
+    settings = load_stage_settings({"coordinator": ADDRESS}, None)
+    assert settings.shared_memory
+    assert settings.shared_memory_threshold_bytes == 256 * 2**10
+    assert not load_stage_settings({"coordinator": ADDRESS, "shared_memory": False}, None).shared_memory
+    monkeypatch.setenv("GRADWIRE_STAGE_SHARED_MEMORY", "false")
+    assert not load_stage_settings({"coordinator": ADDRESS}, None).shared_memory
+    with pytest.raises(SettingsError, match="shared_memory_directory"):
+        load_stage_settings({"coordinator": ADDRESS, "shared_memory_directory": tmp_path / "missing"}, None)
+
+
 def test_tls_takes_all_three_files(tmp_path) -> None:
     files = {f"tls_{name}": tmp_path / name for name in ("authority", "certificate", "key")}
     tls = load_stage_settings({"coordinator": ADDRESS, **files}, None).tls
@@ -39,6 +50,7 @@ def test_tls_takes_all_three_files(tmp_path) -> None:
         ({"coordinator": ADDRESS, "threads": 0}, "threads"),
         ({"coordinator": ADDRESS, "server": "x" * 65}, "server"),
         ({"coordinator": ADDRESS, "unknown": 1}, "unknown"),
+        ({"coordinator": ADDRESS, "checkpoint_root": "/nowhere/at/all"}, "checkpoint_root"),
     ],
 )
 def test_wrong_settings_are_named(flags, message) -> None:

@@ -88,5 +88,6 @@ class Saves:
         if save is None or not save.done:
             return
         self._open = None
-        if save._failure is not None and not save._told:
+        # The run's own failure is raised by whatever is called.
+        if isinstance(save._failure, CheckpointError) and not save._told:
             warnings.warn(f"{save._failure} Training goes on.", CheckpointWarning, stacklevel=4)

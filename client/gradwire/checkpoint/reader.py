@@ -1,66 +1,75 @@
-"""Opens a checkpoint: checks every file before anything of it is used, then reads tensors as they are asked for.
+"""A checkpoint's tensors and numbers, as the client needs them: from its own disk, or as the coordinator tells.
 
-Whether it fits a model is for others to say.
+Leaves to gradwire_protocol.checkpoint whether it is whole, and to state.py whether it fits the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from gradwire.checkpoint.directory import settle
-from gradwire.checkpoint.files import record_of
-from gradwire.checkpoint.manifest import Manifest, read_manifest
+from gradwire_protocol.checkpoint.manifest import FILE_NAME, Manifest, parse_manifest
+from gradwire_protocol.checkpoint.reader import Number, StoredCheckpoint
 from gradwire_protocol.errors import CheckpointError
-
-_PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
-# A zip archive, as torch.save writes it, and the pickle protocols 2 to 5.
-_PICKLE_BEGINNINGS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-
-
-class Tensors(Mapping[str, torch.Tensor]):
-    """The tensors of some safetensors files, by name. Read when they are asked for, straight from the file."""
-
-    def __init__(self, paths: list[Path]) -> None:
-        """CheckpointError for a file that is not safetensors, and for a name that is in two of them."""
-        self._files: dict[str, Any] = {}
-        for path in paths:
-            try:
-                file: Any = safe_open(str(path), framework="pt")
-                names = list(file.keys())
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    f"{path} cannot be used: it is not a safetensors file" + _looks_like(path), got=str(error)
-                ) from error
-            for name in names:
-                if name in self._files:
-                    raise CheckpointError(f"{path} cannot be used: {name!r} is in another file too")
-                self._files[name] = file
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._files[name].get_tensor(name)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
+from gradwire_protocol.safetensors_format import StoredTensor
+from gradwire_protocol.torch_tensors import TORCH_TYPES, tensor_from_file
+from gradwire_protocol.v1 import coordinator_pb2
 
 
-class Checkpoint:
-    """A checkpoint that is whole. model: by the user's names; tied ones under the first only (manifest.tied)."""
+class DescribedCheckpoint(Protocol):
+    """What is known of a checkpoint without reading its tensors."""
+
+    path: Path
+    manifest: Manifest
+    # By the user's names, without contents (on the meta device); tied ones under the first only (manifest.tied).
+    described: dict[str, torch.Tensor]
+
+    def optimizer_state(self) -> Iterator[tuple[str, str]]:
+        """Yield (parameter, name of the state) of all that the optimizer kept."""
+
+
+class LocalCheckpoint:
+    """A checkpoint on this process's disk, read tensor by tensor."""
 
     def __init__(self, path: Path) -> None:
         """Check the manifest and all files by size and hash; CheckpointError names the file and the reason."""
+        self._stored = StoredCheckpoint(path)
         self.path = path
-        self.manifest = check(path)
-        self.model = self._tensors("model")
-        self._optimizer = self._tensors("optimizer")
+        self.manifest = self._stored.manifest
+        self.described = {
+            name: _described(path, name, stored.data_type, stored.shape) for name, stored in self._stored.model.items()
+        }
+
+    def optimizer_state(self) -> Iterator[tuple[str, str]]:
+        """Yield (parameter, name of the state) of all that the optimizer kept."""
+        return self._stored.optimizer_state()
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one of the model's tensors."""
+        return _read(self._stored.model_tensor(name))
+
+    def optimizer_value(self, parameter: str, state: str) -> torch.Tensor | Number:
+        """Return one value of the optimizer's state."""
+        value = self._stored.optimizer_value(parameter, state)
+        return _read(value) if isinstance(value, StoredTensor) else value
+
+    def check_unchanged(self) -> None:
+        """CheckpointError if another checkpoint has taken its place while it was read."""
+        self._stored.check_unchanged()
+
+
+class RemoteCheckpoint:
+    """A checkpoint that the coordinator has checked, and that servers will read."""
+
+    def __init__(self, path: Path, reply: coordinator_pb2.InspectCheckpointReply) -> None:
+        self.path = path
+        self.manifest = parse_manifest(path / FILE_NAME, reply.manifest)
+        self.sha256 = reply.manifest_sha256
+        self.described = {item.name: _described(path, item.name, item.data_type, item.shape) for item in reply.model}
+        self._optimizer = [item.name for item in reply.optimizer]
 
     def optimizer_state(self) -> Iterator[tuple[str, str]]:
         """Yield (parameter, name of the state) of all that the optimizer kept."""
@@ -71,61 +80,12 @@ class Checkpoint:
             for state in states:
                 yield parameter, state
 
-    def optimizer_value(self, parameter: str, state: str) -> torch.Tensor | bool | int | float:
-        """Return one value of the optimizer's state."""
-        numbers = self.manifest.optimizer.numbers.get(parameter, {})
-        return numbers[state] if state in numbers else self._optimizer[f"{parameter}/{state}"]
 
-    def _tensors(self, kind: Literal["model", "optimizer"]) -> Tensors:
-        return Tensors([self.path / name for name in self.manifest.tensor_files(kind)])
+def _read(stored: StoredTensor) -> torch.Tensor:
+    return tensor_from_file(stored, stored.data_type)
 
 
-def check(path: Path) -> Manifest:
-    """Read the manifest and every file that it names; CheckpointError unless all are as they were written."""
-    try:
-        settle(path)
-        manifest = read_manifest(path)
-        for name in sorted(file.name for file in path.iterdir() if file.name not in manifest.files):
-            if (path / name).suffix in _PICKLE_SUFFIXES or _looks_like(path / name):
-                raise CheckpointError(
-                    f"{path / name} is refused: a checkpoint holds no pickles, and it is not in the manifest",
-                    expected="the files that save wrote",
-                    remedy="find out who put it there; remove it if the rest is trusted",
-                )
-        for name, record in manifest.files.items():
-            _check_file(path / name, record.size_bytes, record.sha256)
-    except OSError as error:
-        raise CheckpointError(f"The checkpoint {path} cannot be read", got=str(error)) from error
-    return manifest
-
-
-def _check_file(path: Path, size_bytes: int, sha256: str) -> None:
-    remedy = "load another checkpoint"
-    if not path.is_file():
-        raise CheckpointError(f"{path} cannot be used: it is missing", expected=f"{size_bytes} bytes", remedy=remedy)
-    size = path.stat().st_size
-    if size != size_bytes:
-        what = "it is truncated" if size < size_bytes else "it is too long"
-        raise CheckpointError(
-            f"{path} cannot be used: {what}{_looks_like(path)}",
-            expected=f"{size_bytes} bytes",
-            got=f"{size} bytes",
-            remedy=remedy,
-        )
-    got = record_of(path).sha256
-    if got != sha256:
-        raise CheckpointError(
-            f"{path} cannot be used: its content has changed since it was written{_looks_like(path)}",
-            expected=f"sha256 {sha256}",
-            got=got,
-            remedy=remedy,
-        )
-
-
-def _looks_like(path: Path) -> str:
-    """Say so if a file's first bytes are a pickle's; empty otherwise."""
-    if not path.is_file():
-        return ""
-    with path.open("rb") as file:
-        beginning = file.read(4)
-    return ", it looks like a pickle" if beginning.startswith(_PICKLE_BEGINNINGS) else ""
+def _described(path: Path, name: str, data_type: int, shape: Iterable[int]) -> torch.Tensor:
+    if data_type not in TORCH_TYPES:
+        raise CheckpointError(f"{path} cannot be used: {name!r} has a type that this version does not know")
+    return torch.empty(tuple(shape), dtype=TORCH_TYPES[data_type], device="meta")

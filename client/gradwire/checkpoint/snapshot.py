@@ -1,21 +1,24 @@
-"""One snapshot's way from the servers to the disk. Whatever fails, the servers get rid of it, and training goes on."""
+"""One snapshot's way from the servers to the client's disk. Whatever fails, the servers get rid of it, and training
+goes on.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 
 import torch
 
-from gradwire.checkpoint.directory import replaced
-from gradwire.checkpoint.files import FileRecord
-from gradwire.checkpoint.manifest import Manifest
-from gradwire.checkpoint.writer import TensorFiles, write_manifest
-from gradwire.session import Result, Session
+from gradwire.collecting import Result
+from gradwire.session import Session
 from gradwire.state import StateNames
-from gradwire_protocol.errors import CheckpointError, GradwireError
+from gradwire_protocol.checkpoint.directory import replaced
+from gradwire_protocol.checkpoint.files import TensorFiles, name_files, not_written, write_text
+from gradwire_protocol.checkpoint.manifest import FILE_NAME, Manifest
+from gradwire_protocol.errors import GradwireError
+from gradwire_protocol.torch_tensors import raw_from
 from gradwire_protocol.v1 import run_pb2
 
 Numbers = dict[str, dict[str, bool | int | float]]
@@ -41,30 +44,27 @@ class Snapshot:
         self._future = future
         self._kept = kept
 
-    def write(self, path: Path, describe: Callable[[Numbers, dict[str, str], dict[str, FileRecord]], Manifest]) -> None:
+    def write(self, path: Path, draft: Manifest) -> None:
         """Collect it and write it to `path`. CheckpointError, or the run's own failure.
 
-        describe: makes the manifest of the optimizer's numbers, the tied names and the files.
+        draft: the manifest, but for the optimizer's numbers and the files.
         """
         collecting = _Collecting(self._names)
         try:
             with replaced(path) as directory:
-                model, optimizer = TensorFiles(directory, "model"), TensorFiles(directory, "optimizer")
+                model = TensorFiles(directory, "model", tied=draft.tied)
+                optimizer = TensorFiles(directory, "optimizer", tied={})
                 for key, tensor in self._kept.items():
-                    model.add(key, tensor)
+                    model.add(raw_from(key, tensor))
                 collecting.begin(model, optimizer)
                 self._session.collect_each(self._number, collecting.take)
                 self._future.result()
                 collecting.check()
-                tied = self._names.tied()
-                files = model.finish(tied) | optimizer.finish({})
-                write_manifest(directory, describe(collecting.numbers, tied, files))
+                files = name_files(directory, "model", model.finish(), draft.tied)
+                files |= name_files(directory, "optimizer", optimizer.finish(), {})
+                write_text(directory / FILE_NAME, draft.completed(files, collecting.numbers).to_text())
         except OSError as error:
-            raise CheckpointError(
-                f"The checkpoint {path} could not be written",
-                got=str(error),
-                remedy="free space or choose another path; what was saved there before is untouched",
-            ) from error
+            raise not_written(path, "", error) from error
         finally:
             if not collecting.begun:
                 # A server whose results nobody takes would wait for it when its outbox is full.
@@ -106,8 +106,8 @@ class _Collecting:
         key = self._names.key_of(result.value)
         if isinstance(result.content, torch.Tensor):
             if result.state:
-                optimizer.add(f"{key}/{result.state}", result.content)
+                optimizer.add(raw_from(f"{key}/{result.state}", result.content))
             else:
-                model.add(key, result.content)
+                model.add(raw_from(key, result.content))
         elif result.content is not None:
             self.numbers.setdefault(key, {})[result.state] = result.content

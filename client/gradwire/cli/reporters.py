@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
 
+from gradwire.boundaries import boundary_lines
 from gradwire.job.reporter import Beginning, StepRecord, Validation
 from gradwire.progress import ProgressBar
 
@@ -126,6 +127,8 @@ def describe_beginning(beginning: Beginning) -> Iterator[str]:
         last_module = stage.last_module or ("the loss" if stage.stage == last else "the model")
         sent = f", {stage.boundary_bytes / 2**20:.2f} MiB a step to later stages" if stage.stage < last else ""
         yield f"  stage {stage.stage}: {first_module} … {last_module}, {stage.parameters:,} parameters{sent}"
+    for line in boundary_lines(plan):
+        yield f"  {line}"
 
 
 def describe_validation(validation: Validation) -> str:

@@ -9,11 +9,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from gradwire.boundaries import boundary_lines
 from gradwire.cli.options import Coordinator, Insecure, TlsAuthority, TlsCertificate, TlsKey
 from gradwire.cluster import connect
 from gradwire.plain import to_plain
+from gradwire_protocol.activities import stage_lines
 from gradwire_protocol.settings import tls_files
 from gradwire_protocol.v1 import coordinator_pb2, stage_pb2
+
+_LIVE = (coordinator_pb2.RUN_STATE_PREPARED, coordinator_pb2.RUN_STATE_ACTIVE)
 
 
 def status(
@@ -28,37 +32,38 @@ def status(
     with connect(coordinator, tls_files(tls_authority, tls_certificate, tls_key), insecure=insecure) as cluster:
         reply = cluster.status()
     if json:
-        print(dumps(to_plain(reply)))
+        print(dumps({**to_plain(reply), "activities": stage_lines(_activities(reply))}))
         return
     console = Console()
     console.print(f"coordinator at {coordinator}, version {reply.version}", highlight=False)
     console.print(_servers(reply))
     console.print(_runs(reply))
+    for known in reply.runs:
+        if known.state in _LIVE:
+            for line in boundary_lines(known.plan):
+                console.print(f"{known.run}: {line}", highlight=False, markup=False, soft_wrap=True)
+    for run, lines in stage_lines(_activities(reply)).items():
+        console.print(f"\n{run}", highlight=False, style="bold")
+        for line in lines:
+            # Long lines stay lines: others read them, too.
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _activities(reply: coordinator_pb2.GetStatusReply) -> list[tuple[str, stage_pb2.Activity, float]]:
+    return [(server.server, server.activity, server.silent_seconds) for server in reply.servers]
 
 
 def _servers(reply: coordinator_pb2.GetStatusReply) -> Table:
-    table = Table(
-        "server", "address", "device", "run", "stages", "activity", "heard", title="Servers", title_justify="left"
-    )
+    table = Table("server", "address", "device", "run", "stages", "heard", title="Servers", title_justify="left")
     for server in reply.servers:
         device = (
             f"{server.device.kind}, {server.device.threads} threads" if server.device.threads else server.device.kind
         )
         stages = ", ".join(map(str, server.activity.stages))
         heard = f"{server.silent_seconds:.1f} s ago"
-        table.add_row(
-            server.server, server.address, device, server.activity.run, stages, _doing(server.activity), heard
-        )
+        run = server.activity.run or "free"
+        table.add_row(server.server, server.address, device, run, stages, heard)
     return table
-
-
-def _doing(activity: stage_pb2.Activity) -> str:
-    if not activity.run:
-        return "free"
-    parts = [f"entry {activity.entry}", activity.action]
-    if activity.waiting_for:
-        parts.append(f"waits {activity.waiting_seconds:.1f} s for {activity.waiting_for}")
-    return " ".join(part for part in parts if part)
 
 
 def _runs(reply: coordinator_pb2.GetStatusReply) -> Table:

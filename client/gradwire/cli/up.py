@@ -21,10 +21,23 @@ def up(
     listen: Annotated[str, typer.Option(help="HOST:PORT of the coordinator; port 0: any free one")] = "127.0.0.1:0",
     log_dir: Annotated[Path | None, typer.Option(help="Where the output of the processes goes")] = None,
     weights_root: Annotated[Path | None, typer.Option(help="Directory that servers may read weights from")] = None,
+    checkpoint_root: Annotated[
+        Path | None, typer.Option(help="Directory that servers may write checkpoints to, and read them from")
+    ] = None,
+    operators: Annotated[
+        list[str] | None,
+        typer.Option(help="Module, or path of one, whose custom operators models may use; can be given again"),
+    ] = None,
 ) -> None:
     """Start a coordinator and stage servers on this machine, and keep them until Ctrl-C."""
     with LocalProcesses(
-        stage_servers=stages, threads=threads, listen=listen, log_dir=log_dir, weights_root=weights_root
+        stage_servers=stages,
+        threads=threads,
+        listen=listen,
+        log_dir=log_dir,
+        weights_root=weights_root,
+        checkpoint_root=checkpoint_root,
+        operators=operators or (),
     ) as processes:
         with Cluster(processes.address) as cluster:
             processes.wait_registered(cluster)

@@ -19,10 +19,11 @@ from gradwire.cluster import Cluster, connect
 from gradwire.job.settings import ENVIRONMENT_PREFIX
 from gradwire.local_cluster import LocalProcesses
 from gradwire.plan import Plan
+from gradwire_protocol.errors import SettingsError
 from gradwire_protocol.settings import tls_files
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from gradwire.verification import Difference, Verification
 
@@ -47,8 +48,18 @@ def verify(
     ] = None,
     max_grad_norm: Annotated[float | None, typer.Option(help="Clip the gradient's global norm to this")] = None,
     double: Annotated[
-        bool, typer.Option(help="Compare in float64, which judges the updated weights too, or in the model's own type")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--double/--no-double",
+            help="Compare in float64, which judges the updated weights too, or in the model's own type "
+            "[default: float64]",
+            show_default=False,
+        ),
+    ] = None,
+    precision: Annotated[
+        Literal["bf16"] | None,
+        typer.Option(help="Compare under autocast, with the model's own float32 weights: implies --no-double"),
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="Tensors to show of each kind, the largest differences first")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Compute threads of each server of the local cluster")] = 1,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object")] = False,
@@ -67,17 +78,29 @@ def verify(
 
     The file is run as a module, not as a script. Exit code: 0 equal, 1 not equal or a failure, 2 wrong input.
     """
+    if double and precision is not None:
+        raise SettingsError(
+            "--double and --precision cannot be used together",
+            expected="one of them",
+            got=f"--double --precision {precision}",
+            remedy="autocast does nothing in float64",
+        )
+    settings: dict[str, Any] = {
+        "max_grad_norm": max_grad_norm,
+        "double": precision is None if double is None else double,
+        "precision": precision,
+    }
     plan = Plan(stages=stages, microbatches=microbatches, schedule=schedule, cuts=_cuts(cuts))
     tls = tls_files(tls_authority, tls_certificate, tls_key)
     with ExitStack() as stack:
         if coordinator is not None:
             cluster = stack.enter_context(connect(coordinator, tls, insecure=insecure))
-            found = _verify(file, cluster, None, plan, max_grad_norm, double)
+            found = _verify(file, cluster, None, plan, settings)
         else:
             # The servers start, and import torch, while this process does.
             processes = stack.enter_context(LocalProcesses(stage_servers=stages, threads=threads))
             cluster = stack.enter_context(Cluster(processes.address))
-            found = _verify(file, cluster, processes, plan, max_grad_norm, double)
+            found = _verify(file, cluster, processes, plan, settings)
     if json:
         print(dumps(_record(found, top)))
     else:
@@ -91,8 +114,7 @@ def _verify(
     cluster: Cluster,
     processes: LocalProcesses | None,
     plan: Plan,
-    max_grad_norm: float | None,
-    double: bool,
+    settings: Mapping[str, Any],
 ) -> Verification:
     # Import torch: late, when the servers are on their way.
     from gradwire.job.subject import load_subject, reference_subject
@@ -109,8 +131,7 @@ def _verify(
         loss=subject.loss,
         batch=batch,
         plan=plan,
-        max_grad_norm=max_grad_norm,
-        double=double,
+        **settings,
     )
 
 

@@ -17,6 +17,7 @@ from gradwire.graph.serialise import flatten
 from gradwire.graph.sizes import Sizes, fixed_spec
 from gradwire.graph.source import Location, user_name
 from gradwire.graph.tensors import TensorTable, refuse_lost_state
+from gradwire.graph.wrapper import KEEP
 from gradwire_protocol.errors import ModelError
 from gradwire_protocol.v1 import graph_pb2 as pb
 
@@ -33,6 +34,7 @@ class Draft:
     losses: list[str]  # loss, weight
     outputs: list[str]  # leaves of the model's output that are values
     specs: dict[str, pb.ValueSpec]
+    rows: int | None  # of every micro-batch, where they are fixed
 
     def weighted(self) -> Draft | None:
         """The same with a mean cross entropy as (sum, weight); None if the loss is none."""
@@ -51,6 +53,7 @@ class Draft:
             losses=[self.losses[0], rewritten.weight],
             outputs=self.outputs,
             specs={**self.specs, **specs},
+            rows=self.rows,
         )
 
 
@@ -107,6 +110,7 @@ def draft(
             **{value: spec for value, (_, spec) in inputs.items()},
             **{value: fixed_spec(table.tensors[tensor]) for value, tensor in uses.items()},
         },
+        rows=batch.micro_batch_rows,
     )
 
 
@@ -138,7 +142,10 @@ def loss_leaks_into_output(source: Draft) -> bool:
     """Whether the model's output depends on operations of the loss (which changed it in place)."""
     normal = normalise(source.flat.operations, source.outputs, source.uses, list(source.inputs), source.updates)
     targets = {value for value, (leaf, _) in source.inputs.items() if leaf.is_target}
-    return any(not operation.in_model or targets.intersection(operation.reads) for operation in normal.operations)
+    return any(
+        (not operation.in_model and operation.node.target != str(KEEP)) or targets.intersection(operation.reads)
+        for operation in normal.operations
+    )
 
 
 def _outputs(source: Draft, wanted: Sequence[str], predicts: bool) -> list[pb.GraphOutput]:
@@ -149,9 +156,13 @@ def _outputs(source: Draft, wanted: Sequence[str], predicts: bool) -> list[pb.Gr
     for is_value in source.captured.outputs.is_tensor:
         value = next(remaining) if is_value else ""
         shape = list(source.specs[value].shape) if value else []
-        batched = bool(shape) and shape[0].per_row > 0 and shape[0].fixed == 0
-        outputs.append(pb.GraphOutput(value=value, batched=batched))
+        outputs.append(pb.GraphOutput(value=value, batched=bool(shape) and _by_row(shape[0], source.rows)))
     return outputs
+
+
+def _by_row(size: pb.AffineSize, rows: int | None) -> bool:
+    """Whether a first dimension is the batch's; where the rows are fixed, it counts as such if it is as long."""
+    return (size.per_row > 0 and size.fixed == 0) if rows is None else size.fixed == rows
 
 
 def _refuse_parameter_writes(operations: Sequence[Operation], uses: Mapping[str, str], table: TensorTable) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -78,6 +78,8 @@ class BatchLayout:
     example_sizes: Mapping[str, int] = field(default_factory=dict)
     # What each exported program takes, by name of the dimension.
     sizes: tuple[Mapping[str, Size], ...] = ()
+    # The rows of every micro-batch, where the graphs are made for these only.
+    micro_batch_rows: int | None = None
 
     @property
     def tensors(self) -> tuple[Leaf, ...]:
@@ -193,6 +195,22 @@ def read_example(
             )
     layout = BatchLayout(structure, input_structure, tuple(leaves), has_loss, next(iter(rows.values())), dims, sizes)
     return layout, tensors
+
+
+def with_rows(
+    layout: BatchLayout, tensors: Sequence[torch.Tensor], rows: int
+) -> tuple[BatchLayout, list[torch.Tensor]]:
+    """The same for graphs that take micro-batches of so many rows only; the example is cut or repeated to these."""
+    fitted = [
+        take_rows(tensor, rows) if leaf.batched else tensor
+        for leaf, tensor in zip(layout.tensors, tensors, strict=True)
+    ]
+    return replace(layout, rows=rows, micro_batch_rows=rows), fitted
+
+
+def take_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    """The first rows, repeated where there are fewer."""
+    return tensor[:rows] if tensor.shape[0] >= rows else torch.cat([tensor] * rows)[:rows]
 
 
 def _elements(example: Any, has_loss: bool) -> list[str]:

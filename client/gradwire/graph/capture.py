@@ -51,15 +51,18 @@ def capture(
     with_loss: bool = True,
     with_output: bool = False,
 ) -> Captured:
-    """Export the model in training or evaluation mode. Batched inputs have a dynamic dimension 0."""
+    """Export the model in training or evaluation mode.
+
+    Batched inputs have a dynamic dimension 0, unless all micro-batches have the same number of rows.
+    """
     copied, copied_loss = copy_model(model, loss)
     wrapper = Wrapper(copied, copied_loss, batch, with_loss=with_loss, with_output=with_output)
     set_mode(wrapper, training)
     modules = {id(module): name for name, module in wrapper.named_modules()}
-    dims = {ROWS: Dim(ROWS, min=1), **batch.dims}
+    dims = {**({ROWS: Dim(ROWS, min=1)} if batch.micro_batch_rows is None else {}), **batch.dims}
     leaves = [leaf for leaf in batch.tensors if with_loss or not leaf.is_target]
     examples = [
-        _two_rows(tensor) if leaf.batched else tensor
+        _two_rows(tensor) if leaf.batched and batch.micro_batch_rows is None else tensor
         for leaf, tensor in zip(batch.tensors, tensors, strict=True)
         if leaf in leaves
     ]
@@ -90,7 +93,7 @@ def capture(
 
 def _dynamic(leaf: Leaf, dims: Mapping[str, Any]) -> dict[int, Any] | None:
     named = {dimension: dims[name] for dimension, name in leaf.dims}
-    return {**({0: dims[ROWS]} if leaf.batched else {}), **named} or None
+    return {**({0: dims[ROWS]} if leaf.batched and ROWS in dims else {}), **named} or None
 
 
 def _export(
@@ -176,7 +179,8 @@ def _translated(error: Exception, where: Location, fixed: Sequence[Location]) ->
             "a number, nor compare it with one, in the forward pass"
             if named
             else "do not convert x.shape[0] to a number (int, float, range, if); use tensor operators on it, "
-            "-1 in view, or mark inputs that are not batched with gradwire.unbatched(...)",
+            "-1 in view, or mark inputs that are not batched with gradwire.unbatched(...); or give all "
+            "micro-batches the same number of rows: micro_batch_rows=…",
         )
     return ModelError(
         f"torch.export cannot capture the model, at {where}",

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.export.graph_signature import InputKind
 
-from gradwire.graph.batch import BatchLayout, Leaf
+from gradwire.graph.batch import BatchLayout, Leaf, take_rows
 from gradwire.graph.capture import Captured, set_mode
 from gradwire.graph.copying import Loss, copy_model, is_on_meta
 from gradwire.graph.dynamic import smallest, with_size
@@ -52,14 +52,15 @@ def compare_with_eager(
     found so. Some models cannot train on these (batch normalisation): they are compared on more. Single sizes that
     export excluded are tried too; returned is the program with those that turned out to be right.
     """
-    most = max(2, min(4, batch.rows))
+    fixed = batch.micro_batch_rows
+    most = fixed or max(2, min(4, batch.rows))
     whole = (most, dict(batch.example_sizes))
     low = smallest(captured.sizes)
 
     def equal_on(rows: int, sizes: Mapping[str, int]) -> bool:
         """Compare; False if the model itself fails on such a batch, or has no loss there."""
         small = [
-            _resized(_rows(tensor, rows) if leaf.batched else tensor, leaf, sizes)
+            _resized(take_rows(tensor, rows) if leaf.batched else tensor, leaf, sizes)
             for leaf, tensor in zip(batch.tensors, tensors, strict=True)
         ]
         copied, copied_loss = copy_model(model, loss, fresh_buffers=True)
@@ -85,7 +86,7 @@ def compare_with_eager(
         _compare(expected, got, _described(rows, sizes))
         return True
 
-    for rows, tried in ((1, low), (1, whole[1]), whole):
+    for rows, tried in ((fixed or 1, low), (fixed or 1, whole[1]), whole):
         if equal_on(rows, tried):
             break
 
@@ -109,10 +110,6 @@ def _resized(tensor: torch.Tensor, leaf: Leaf, sizes: Mapping[str, int]) -> torc
         indices = torch.arange(sizes[name], device=tensor.device) % tensor.shape[dimension]
         tensor = tensor.index_select(dimension, indices)
     return tensor
-
-
-def _rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
-    return tensor[:rows] if tensor.shape[0] >= rows else torch.cat([tensor] * rows)[:rows]
 
 
 def _program(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._library.custom_ops import CustomOpDef
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -36,6 +37,9 @@ def copy_model(model: nn.Module, loss: Loss, *, fresh_buffers: bool = False) -> 
             memo[id(tensor)] = tensor.detach().clone()
         else:
             memo[id(tensor)] = tensor
+    for value in _attributes(model, loss):
+        if isinstance(value, CustomOpDef):  # it cannot be copied, nor needs to be
+            memo[id(value)] = value
     try:
         return copy.deepcopy((model, loss), memo)
     except Exception as error:
@@ -75,8 +79,7 @@ def refuse_empty_buffers(model: nn.Module) -> None:
 
 def _tensors(model: nn.Module, loss: Loss) -> Iterator[tuple[torch.Tensor, bool]]:
     """Yield all tensors that hang on the modules: parameters, buffers, plain attributes."""
-    owners = [model, *([loss] if isinstance(loss, nn.Module) else [])]
-    for module in (module for owner in owners for module in owner.modules()):
+    for module in _modules(model, loss):
         for parameter in module._parameters.values():
             if parameter is not None:
                 yield parameter, True
@@ -86,6 +89,19 @@ def _tensors(model: nn.Module, loss: Loss) -> Iterator[tuple[torch.Tensor, bool]
         for value in vars(module).values():
             if isinstance(value, torch.Tensor):
                 yield value, isinstance(value, nn.Parameter)
+
+
+def _modules(model: nn.Module, loss: Loss) -> Iterator[nn.Module]:
+    yield from model.modules()
+    if isinstance(loss, nn.Module):
+        yield from loss.modules()
+
+
+def _attributes(model: nn.Module, loss: Loss) -> Iterator[Any]:
+    """Yield the loss, and what else hangs on the modules."""
+    yield loss
+    for module in _modules(model, loss):
+        yield from vars(module).values()
 
 
 def _fake_like(tensor: torch.Tensor, fake: FakeTensorMode) -> torch.Tensor:

@@ -11,12 +11,15 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from gradwire.graph.assemble import Draft, draft, graph_of, loss_leaks_into_output
-from gradwire.graph.batch import Batch, BatchLayout, FlatBatch, read_example
+from gradwire.graph.batch import Batch, BatchLayout, FlatBatch, read_example, with_rows
 from gradwire.graph.capture import capture
 from gradwire.graph.check import can_compare, compare_with_eager
 from gradwire.graph.copying import refuse_empty_buffers
+from gradwire.graph.custom_operators import custom_operators
 from gradwire.graph.dynamic import Dynamic, found_right
+from gradwire.graph.operations import draws_of
 from gradwire.graph.precision import autocast
+from gradwire.graph.randomness import Draw
 from gradwire.graph.refusals import refuse_gradient_hooks, refuse_scripted_modules
 from gradwire.graph.source import location_of_function
 from gradwire.graph.tensors import TensorTable
@@ -33,6 +36,7 @@ class ExportedModel:
     tensors: dict[str, torch.Tensor]  # TensorSpec.name → the user's live tensor
     batch: BatchLayout
     output: OutputLayout | None  # of predict
+    draws: tuple[Draw, ...] = ()  # of random numbers in training, in order
 
     def flatten_batch(self, batch: Batch, kind: pb.GraphKind) -> FlatBatch:
         """Check a batch and name its values. BatchError says which input does not fit, and why."""
@@ -77,6 +81,7 @@ def export_model(
     dynamic: Dynamic | None = None,
     check: bool = True,
     precision: torch.dtype | None = None,
+    micro_batch_rows: int | None = None,
 ) -> ExportedModel:
     """Export a model with its loss as graphs for training, evaluation and prediction.
 
@@ -85,12 +90,15 @@ def export_model(
     `dynamic` names further dimensions whose sizes differ from batch to batch, as in `Cluster.trainer`.
     `check` compares the graph with the model on a small batch, where the model is small and has its data. `precision`:
     trace under autocast to this type, for the types of values, and what code reads of them, to be those of the run.
+    `micro_batch_rows`: export for micro-batches of so many rows only, as a model needs that makes a number of them.
     The model is not changed. Raises ModelError for what cannot be exported, or would train wrongly.
     """
     refuse_empty_buffers(model)
     refuse_gradient_hooks(model)
     refuse_scripted_modules(model)
     batch, tensors = read_example(example, loss is not None, dynamic)
+    if micro_batch_rows is not None:
+        batch, tensors = with_rows(batch, tensors, micro_batch_rows)
     table = TensorTable(model, loss)
     place = location_of_function(loss)
     with autocast(precision, model):
@@ -122,5 +130,7 @@ def export_model(
         tensors=table.specs,
         loss_form=form,
     )
+    proto.operators.extend(custom_operators((proto.train, proto.evaluate, proto.predict)))
     batch = replace(batch, sizes=(trained.sizes, found_right(evaluated.sizes, before, trained.sizes)))
-    return ExportedModel(proto, table.tensors, batch, predict.captured.outputs if predict is not None else None)
+    output = predict.captured.outputs if predict is not None else None
+    return ExportedModel(proto, table.tensors, batch, output, draws_of(train.flat.operations))

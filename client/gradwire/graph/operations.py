@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from gradwire.graph.randomness import Draw
+from gradwire.graph.source import Location
 from gradwire_protocol.torch_tensors import DATA_TYPES
 from gradwire_protocol.v1 import graph_pb2 as pb
 
@@ -39,6 +41,7 @@ class Operation:
     writes: tuple[str, ...]  # values among those read that the operator writes to
     aliases: tuple[str, ...]  # values among those read whose memory the output may share
     in_model: bool  # made by the model, not by its loss
+    draws: int = 0  # of random numbers, in eager mode
 
     @property
     def name(self) -> str:
@@ -102,3 +105,12 @@ def argument_names(argument: pb.Argument) -> Iterator[str]:
     elif kind == "list":
         for item in argument.list.items:
             yield from argument_names(item)
+
+
+def draws_of(operations: Iterable[Operation]) -> tuple[Draw, ...]:
+    """The random nodes in order."""
+    return tuple(
+        Draw(item.name, item.node.target, str(Location(item.node.module_path, item.node.source)), item.draws)
+        for item in operations
+        if item.draws
+    )

@@ -10,7 +10,7 @@ import contextlib
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -20,7 +20,12 @@ from torch.nn.modules import transformer
 from gradwire.graph.source import Location, calling_frames, location_of_caller, outside_torch
 from gradwire_protocol.errors import ModelError
 
-CUSTOM_OPERATOR = "write it with torch's own differentiable operators"
+CUSTOM_OPERATOR = (
+    "write it with torch's own differentiable operators, or as torch.library.custom_op with register_fake and "
+    "register_autograd, in a module that stage servers are started with (--operators)"
+)
+# What torch.library's register_autograd makes of a formula: it belongs to the operator, wherever that runs.
+_OF_CUSTOM_OPERATORS = "torch._library.autograd"
 _SCRIPTED = "give the Python module that the script was made from; stage servers run its operators as they are"
 _PACKED = (
     "give padded sequences to the recurrent layer, take the outputs that count by their lengths (gather, or a mask), "
@@ -85,15 +90,17 @@ def refuse_gradient_hooks(model: nn.Module) -> None:
 def refuse_silent_losses(modules: Mapping[int, str]) -> Iterator[None]:
     """While active, code that export would drop raises ModelError. `modules` maps module ids to names."""
 
-    def refuse(what: str, remedy: str) -> None:
+    def refuse(what: str, remedy: str) -> NoReturn:
         raise _lost(what, location_of_caller(modules), remedy)
 
-    def refuse_function(function: type[torch.autograd.Function], *_: Any, **__: Any) -> None:
+    apply = torch.autograd.Function.__dict__["apply"]
+
+    def refuse_function(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        if function.__module__ == _OF_CUSTOM_OPERATORS:
+            return apply.__func__(function, *args, **kwargs)
         if function.__name__ == "CheckpointFunction":
             refuse("A reentrant checkpoint", "call torch.utils.checkpoint.checkpoint with use_reentrant=False")
-        custom = function.__name__.removeprefix("GeneratedBackwardFor_")
-        kind = "autograd.Function" if custom == function.__name__ else "custom operator"
-        refuse(f"The backward of {kind} '{custom}'", CUSTOM_OPERATOR)
+        refuse(f"The backward of autograd.Function '{function.__name__}'", CUSTOM_OPERATOR)
 
     def refuse_hook(*_: Any, **__: Any) -> None:
         refuse("A hook on a tensor's gradient", "remove Tensor.register_hook from the forward pass")
@@ -118,7 +125,6 @@ def refuse_silent_losses(modules: Mapping[int, str]) -> Iterator[None]:
             refuse("An inference_mode region", "use torch.no_grad() instead")
         enter_inference(mode)
 
-    apply = torch.autograd.Function.__dict__["apply"]
     with (
         _replaced(torch.autograd.Function, "apply", classmethod(_on_this_thread(refuse_function, apply.__func__))),
         _replaced(torch.Tensor, "register_hook", _on_this_thread(refuse_hook, torch.Tensor.register_hook)),

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from gradwire.graph.costs import Costs
+from gradwire.graph.custom_operators import check_custom_operator
 from gradwire.graph.operations import (
     GETITEM,
     Flat,
@@ -26,11 +27,12 @@ from gradwire.graph.operations import (
     literal,
     read_names,
 )
+from gradwire.graph.randomness import draws
 from gradwire.graph.refusals import known_obstacle
 from gradwire.graph.sizes import Sizes
 from gradwire.graph.source import Location, is_in_model, location_of_node
 from gradwire_protocol.errors import ModelError
-from gradwire_protocol.operators import HIDDEN_MUTATIONS, PYTHON_FUNCTIONS, UNANNOTATED_ALIASES, is_allowed
+from gradwire_protocol.operators import HIDDEN_MUTATIONS, PYTHON_FUNCTIONS, UNANNOTATED_ALIASES, is_allowed, is_custom
 from gradwire_protocol.torch_tensors import DATA_TYPES
 from gradwire_protocol.v1 import graph_pb2 as pb
 
@@ -112,7 +114,9 @@ class _Serialiser:
         name = _target_name(node)
         if name.startswith(("aten._assert", "aten.sym_constrain")):
             return
-        if not is_allowed(name):
+        if is_custom(name):
+            check_custom_operator(node, name)
+        elif not is_allowed(name):
             raise _unsupported(node, name)
         if _asks_for_sparse_gradients(node):
             raise ModelError(
@@ -153,6 +157,7 @@ class _Serialiser:
         self._sizes.learn(value, [_value(argument) for argument in node.all_input_nodes])
         flops, moved = self._costs.of(node, target)
         arguments, keywords = self._with_local_sizes(node, target, name, where)
+        drawn = draws(node.target, node.args, node.kwargs)
         result = pb.Node(
             name=name,
             target=target,
@@ -162,15 +167,14 @@ class _Serialiser:
             source=where.source,
             no_grad=region.no_grad,
             autocast=region.autocast,
-            random=isinstance(node.target, torch._ops.OpOverload)
-            and torch.Tag.nondeterministic_seeded in node.target.tags,
+            random=drawn > 0,
             output=self._sizes.spec(value, str(where)),
             flops=flops,
             bytes=moved,
         )
         reads = tuple(dict.fromkeys(read_names(result)))
         writes, aliases = self._effects(node, target, result, reads)
-        return Operation(result, reads, writes, aliases, is_in_model(node))
+        return Operation(result, reads, writes, aliases, is_in_model(node), drawn)
 
     def _with_local_sizes(
         self, node: fx.Node, target: str, name: str, where: Location

@@ -18,6 +18,7 @@ from gradwire.graph.batch import BatchLayout
 from gradwire.graph.source import location_of_function, user_name
 from gradwire_protocol.errors import ModelError
 
+KEEP = torch.ops.aten.alias.default
 _SCALAR_REMEDY = "return a scalar such as loss.mean(), or (sum, weight), both scalars"
 
 
@@ -72,18 +73,22 @@ class Wrapper(nn.Module):
         attributes = _tensor_attributes(self)
         arguments, keywords, target = self._batch.rebuild(tensors, with_target=self._with_loss)
         output = self.model(*arguments, **keywords)
-        results: list[Any] = []
-        if self._with_loss:
-            loss = self._loss_of(output, target)
-            outputs.loss = len(loss)
-            results += loss
+        kept: list[Any] = []
         if self._with_output:
             leaves, outputs.structure = pytree.tree_flatten(output)
             for leaf in leaves:
                 is_value = isinstance(leaf, torch.Tensor | torch.SymInt | torch.SymFloat | torch.SymBool)
                 outputs.is_tensor.append(is_value)
                 outputs.constants.append(None if is_value else leaf)
-                results += [leaf] if is_value else []
+                # The loss must not get hold of what is returned: an operator that gives back the very tensor that it
+                # was given, such as to() or broadcast_tensors(), would make it the loss's in the trace.
+                kept += [KEEP(leaf) if isinstance(leaf, torch.Tensor) else leaf] if is_value else []
+        results: list[Any] = []
+        if self._with_loss:
+            loss = self._loss_of(output, target)
+            outputs.loss = len(loss)
+            results += loss
+        results += kept
         outputs.assigned_buffers = [name for name, buffer in self.named_buffers() if buffer is not buffers[name]]
         for name in outputs.assigned_buffers:
             results.append(self._new_buffer(name, buffers[name]))

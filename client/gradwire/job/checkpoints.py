@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gradwire.checkpoint.background import Save
-from gradwire.checkpoint.directory import remove
-from gradwire.checkpoint.reader import check
 from gradwire.trainer import Trainer
+from gradwire_protocol.checkpoint.directory import remove
+from gradwire_protocol.checkpoint.reader import check
 from gradwire_protocol.errors import CheckpointError, SettingsError
 
 _NAME = re.compile(r"step-(\d{1,15})")

@@ -41,7 +41,13 @@ class JobSettings(Settings):
     microbatches: int = Field(ge=1, description="Micro-batches a step")
     schedule: Literal["auto", "gpipe", "1f1b"] = Field(description="Order of the work in each stage")
     recompute: bool = Field(False, description="Run forwards again for their backward, instead of keeping activations")
+    activation_compression: Literal["none", "bf16", "fp16", "int8", "auto"] = Field(
+        "none", description="Codec of activations and their gradients between stages"
+    )
     window: int = Field(ge=1, le=16, description="Steps in flight")
+    stall_seconds: float = Field(
+        60.0, ge=1, le=1e6, description="End with an error when nothing moves for this long; above the longest action"
+    )
     threads: int = Field(ge=1, description="Compute threads of each stage server of the local cluster")
     evaluate_every: int = Field(ge=1, description="Steps between validations")
     validation_windows: int = Field(ge=1, description="Windows of held-out text a validation")

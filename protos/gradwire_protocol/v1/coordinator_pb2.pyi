@@ -1,6 +1,7 @@
 from gradwire_protocol.v1 import graph_pb2 as _graph_pb2
 from gradwire_protocol.v1 import run_pb2 as _run_pb2
 from gradwire_protocol.v1 import stage_pb2 as _stage_pb2
+from gradwire_protocol.v1 import tensors_pb2 as _tensors_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -49,20 +50,22 @@ class DeviceInfo(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., name: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., threads: _Optional[int] = ..., flops_per_second: _Optional[float] = ..., bytes_per_second: _Optional[float] = ...) -> None: ...
 
 class RegisterRequest(_message.Message):
-    __slots__ = ("server", "role", "address", "metrics_address", "device", "version")
+    __slots__ = ("server", "role", "address", "metrics_address", "device", "version", "operators")
     SERVER_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    OPERATORS_FIELD_NUMBER: _ClassVar[int]
     server: str
     role: ServerRole
     address: str
     metrics_address: str
     device: DeviceInfo
     version: str
-    def __init__(self, server: _Optional[str] = ..., role: _Optional[_Union[ServerRole, str]] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., device: _Optional[_Union[DeviceInfo, _Mapping]] = ..., version: _Optional[str] = ...) -> None: ...
+    operators: _containers.RepeatedCompositeFieldContainer[_graph_pb2.CustomOperator]
+    def __init__(self, server: _Optional[str] = ..., role: _Optional[_Union[ServerRole, str]] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., device: _Optional[_Union[DeviceInfo, _Mapping]] = ..., version: _Optional[str] = ..., operators: _Optional[_Iterable[_Union[_graph_pb2.CustomOperator, _Mapping]]] = ...) -> None: ...
 
 class RegisterReply(_message.Message):
     __slots__ = ("lease_seconds", "heartbeat_seconds")
@@ -137,7 +140,7 @@ class ServerLayout(_message.Message):
     def __init__(self, server: _Optional[str] = ..., address: _Optional[str] = ..., stages: _Optional[_Iterable[int]] = ..., replica: _Optional[int] = ..., tensors: _Optional[_Iterable[str]] = ..., inputs: _Optional[_Iterable[_Union[InputUse, _Mapping]]] = ..., results: _Optional[_Iterable[str]] = ..., owned_tensors: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StageSummary(_message.Message):
-    __slots__ = ("stage", "first_node", "nodes", "first_module", "last_module", "parameters", "estimated_seconds", "boundary_bytes")
+    __slots__ = ("stage", "first_node", "nodes", "first_module", "last_module", "parameters", "estimated_seconds", "boundary_bytes", "codec", "codec_reason")
     STAGE_FIELD_NUMBER: _ClassVar[int]
     FIRST_NODE_FIELD_NUMBER: _ClassVar[int]
     NODES_FIELD_NUMBER: _ClassVar[int]
@@ -146,6 +149,8 @@ class StageSummary(_message.Message):
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     ESTIMATED_SECONDS_FIELD_NUMBER: _ClassVar[int]
     BOUNDARY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    CODEC_REASON_FIELD_NUMBER: _ClassVar[int]
     stage: int
     first_node: int
     nodes: int
@@ -154,7 +159,9 @@ class StageSummary(_message.Message):
     parameters: int
     estimated_seconds: float
     boundary_bytes: int
-    def __init__(self, stage: _Optional[int] = ..., first_node: _Optional[int] = ..., nodes: _Optional[int] = ..., first_module: _Optional[str] = ..., last_module: _Optional[str] = ..., parameters: _Optional[int] = ..., estimated_seconds: _Optional[float] = ..., boundary_bytes: _Optional[int] = ...) -> None: ...
+    codec: _tensors_pb2.Codec
+    codec_reason: str
+    def __init__(self, stage: _Optional[int] = ..., first_node: _Optional[int] = ..., nodes: _Optional[int] = ..., first_module: _Optional[str] = ..., last_module: _Optional[str] = ..., parameters: _Optional[int] = ..., estimated_seconds: _Optional[float] = ..., boundary_bytes: _Optional[int] = ..., codec: _Optional[_Union[_tensors_pb2.Codec, str]] = ..., codec_reason: _Optional[str] = ...) -> None: ...
 
 class PlanSummary(_message.Message):
     __slots__ = ("schedule", "extra_warm_up", "micro_batches", "stages", "theoretical_bubble_ratio")
@@ -191,10 +198,56 @@ class DriveRequest(_message.Message):
     def __init__(self, run: _Optional[str] = ..., entry: _Optional[_Union[_run_pb2.Entry, _Mapping]] = ...) -> None: ...
 
 class DriveReply(_message.Message):
-    __slots__ = ("result",)
+    __slots__ = ("result", "saved")
     RESULT_FIELD_NUMBER: _ClassVar[int]
+    SAVED_FIELD_NUMBER: _ClassVar[int]
     result: _run_pb2.EntryResult
-    def __init__(self, result: _Optional[_Union[_run_pb2.EntryResult, _Mapping]] = ...) -> None: ...
+    saved: _run_pb2.SaveOutcome
+    def __init__(self, result: _Optional[_Union[_run_pb2.EntryResult, _Mapping]] = ..., saved: _Optional[_Union[_run_pb2.SaveOutcome, _Mapping]] = ...) -> None: ...
+
+class BeginSaveRequest(_message.Message):
+    __slots__ = ("run", "directory", "manifest")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    directory: str
+    manifest: str
+    def __init__(self, run: _Optional[str] = ..., directory: _Optional[str] = ..., manifest: _Optional[str] = ...) -> None: ...
+
+class BeginSaveReply(_message.Message):
+    __slots__ = ("token",)
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    token: str
+    def __init__(self, token: _Optional[str] = ...) -> None: ...
+
+class InspectCheckpointRequest(_message.Message):
+    __slots__ = ("directory",)
+    DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    directory: str
+    def __init__(self, directory: _Optional[str] = ...) -> None: ...
+
+class CheckpointTensor(_message.Message):
+    __slots__ = ("name", "data_type", "shape")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DATA_TYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    data_type: _tensors_pb2.DataType
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., data_type: _Optional[_Union[_tensors_pb2.DataType, str]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class InspectCheckpointReply(_message.Message):
+    __slots__ = ("manifest", "manifest_sha256", "model", "optimizer")
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_SHA256_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    manifest: str
+    manifest_sha256: str
+    model: _containers.RepeatedCompositeFieldContainer[CheckpointTensor]
+    optimizer: _containers.RepeatedCompositeFieldContainer[CheckpointTensor]
+    def __init__(self, manifest: _Optional[str] = ..., manifest_sha256: _Optional[str] = ..., model: _Optional[_Iterable[_Union[CheckpointTensor, _Mapping]]] = ..., optimizer: _Optional[_Iterable[_Union[CheckpointTensor, _Mapping]]] = ...) -> None: ...
 
 class EndRunRequest(_message.Message):
     __slots__ = ("run",)

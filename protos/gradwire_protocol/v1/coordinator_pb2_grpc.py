@@ -65,6 +65,16 @@ class CoordinatorServiceStub(object):
                 request_serializer=gradwire__protocol_dot_v1_dot_coordinator__pb2.EndRunRequest.SerializeToString,
                 response_deserializer=gradwire__protocol_dot_v1_dot_coordinator__pb2.EndRunReply.FromString,
                 _registered_method=True)
+        self.BeginSave = channel.unary_unary(
+                '/gradwire_protocol.v1.CoordinatorService/BeginSave',
+                request_serializer=gradwire__protocol_dot_v1_dot_coordinator__pb2.BeginSaveRequest.SerializeToString,
+                response_deserializer=gradwire__protocol_dot_v1_dot_coordinator__pb2.BeginSaveReply.FromString,
+                _registered_method=True)
+        self.InspectCheckpoint = channel.unary_unary(
+                '/gradwire_protocol.v1.CoordinatorService/InspectCheckpoint',
+                request_serializer=gradwire__protocol_dot_v1_dot_coordinator__pb2.InspectCheckpointRequest.SerializeToString,
+                response_deserializer=gradwire__protocol_dot_v1_dot_coordinator__pb2.InspectCheckpointReply.FromString,
+                _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/gradwire_protocol.v1.CoordinatorService/GetStatus',
                 request_serializer=gradwire__protocol_dot_v1_dot_coordinator__pb2.GetStatusRequest.SerializeToString,
@@ -103,7 +113,8 @@ class CoordinatorServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Drive(self, request_iterator, context):
-        """The client's stream of entries, in order, at most Plan.window open at once; one result each, in order.
+        """The client's stream of entries, in order, at most Plan.window open at once; one result each, in order, and for each
+        SaveState how its writing ended.
         All messages name the same run. When the stream ends or breaks, the run ends.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -112,6 +123,21 @@ class CoordinatorServiceServicer(object):
 
     def EndRun(self, request, context):
         """Ends a run that has no Drive stream, or cuts it off. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BeginSave(self, request, context):
+        """Checks whether a checkpoint can be written to a directory, and makes the one beside it that servers write into; the
+        next SaveState entry is for it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def InspectCheckpoint(self, request, context):
+        """Reads a checkpoint and checks every file of it by size and hash.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -155,6 +181,16 @@ def add_CoordinatorServiceServicer_to_server(servicer, server):
                     servicer.EndRun,
                     request_deserializer=gradwire__protocol_dot_v1_dot_coordinator__pb2.EndRunRequest.FromString,
                     response_serializer=gradwire__protocol_dot_v1_dot_coordinator__pb2.EndRunReply.SerializeToString,
+            ),
+            'BeginSave': grpc.unary_unary_rpc_method_handler(
+                    servicer.BeginSave,
+                    request_deserializer=gradwire__protocol_dot_v1_dot_coordinator__pb2.BeginSaveRequest.FromString,
+                    response_serializer=gradwire__protocol_dot_v1_dot_coordinator__pb2.BeginSaveReply.SerializeToString,
+            ),
+            'InspectCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.InspectCheckpoint,
+                    request_deserializer=gradwire__protocol_dot_v1_dot_coordinator__pb2.InspectCheckpointRequest.FromString,
+                    response_serializer=gradwire__protocol_dot_v1_dot_coordinator__pb2.InspectCheckpointReply.SerializeToString,
             ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
@@ -325,6 +361,60 @@ class CoordinatorService(object):
             '/gradwire_protocol.v1.CoordinatorService/EndRun',
             gradwire__protocol_dot_v1_dot_coordinator__pb2.EndRunRequest.SerializeToString,
             gradwire__protocol_dot_v1_dot_coordinator__pb2.EndRunReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BeginSave(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradwire_protocol.v1.CoordinatorService/BeginSave',
+            gradwire__protocol_dot_v1_dot_coordinator__pb2.BeginSaveRequest.SerializeToString,
+            gradwire__protocol_dot_v1_dot_coordinator__pb2.BeginSaveReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def InspectCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradwire_protocol.v1.CoordinatorService/InspectCheckpoint',
+            gradwire__protocol_dot_v1_dot_coordinator__pb2.InspectCheckpointRequest.SerializeToString,
+            gradwire__protocol_dot_v1_dot_coordinator__pb2.InspectCheckpointReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -266,16 +266,26 @@ class Graph(_message.Message):
     mutated_inputs: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, kind: _Optional[_Union[GraphKind, str]] = ..., inputs: _Optional[_Iterable[_Union[GraphInput, _Mapping]]] = ..., tensors: _Optional[_Iterable[_Union[TensorUse, _Mapping]]] = ..., nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[GraphOutput, _Mapping]]] = ..., allowed_cuts: _Optional[_Iterable[int]] = ..., buffer_updates: _Optional[_Iterable[_Union[BufferUpdate, _Mapping]]] = ..., mutated_tensors: _Optional[_Iterable[str]] = ..., mutated_inputs: _Optional[_Iterable[str]] = ...) -> None: ...
 
+class CustomOperator(_message.Message):
+    __slots__ = ("target", "schema")
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    target: str
+    schema: str
+    def __init__(self, target: _Optional[str] = ..., schema: _Optional[str] = ...) -> None: ...
+
 class Model(_message.Message):
-    __slots__ = ("tensors", "train", "evaluate", "predict", "loss_form")
+    __slots__ = ("tensors", "train", "evaluate", "predict", "loss_form", "operators")
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     TRAIN_FIELD_NUMBER: _ClassVar[int]
     EVALUATE_FIELD_NUMBER: _ClassVar[int]
     PREDICT_FIELD_NUMBER: _ClassVar[int]
     LOSS_FORM_FIELD_NUMBER: _ClassVar[int]
+    OPERATORS_FIELD_NUMBER: _ClassVar[int]
     tensors: _containers.RepeatedCompositeFieldContainer[TensorSpec]
     train: Graph
     evaluate: Graph
     predict: Graph
     loss_form: LossForm
-    def __init__(self, tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., train: _Optional[_Union[Graph, _Mapping]] = ..., evaluate: _Optional[_Union[Graph, _Mapping]] = ..., predict: _Optional[_Union[Graph, _Mapping]] = ..., loss_form: _Optional[_Union[LossForm, str]] = ...) -> None: ...
+    operators: _containers.RepeatedCompositeFieldContainer[CustomOperator]
+    def __init__(self, tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., train: _Optional[_Union[Graph, _Mapping]] = ..., evaluate: _Optional[_Union[Graph, _Mapping]] = ..., predict: _Optional[_Union[Graph, _Mapping]] = ..., loss_form: _Optional[_Union[LossForm, str]] = ..., operators: _Optional[_Iterable[_Union[CustomOperator, _Mapping]]] = ...) -> None: ...

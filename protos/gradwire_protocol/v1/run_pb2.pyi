@@ -17,15 +17,19 @@ class ActionKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ACTION_KIND_REDUCE: _ClassVar[ActionKind]
     ACTION_KIND_NORM: _ClassVar[ActionKind]
     ACTION_KIND_UPDATE: _ClassVar[ActionKind]
+    ACTION_KIND_INPUT_GRADIENT: _ClassVar[ActionKind]
+    ACTION_KIND_WEIGHT_GRADIENT: _ClassVar[ActionKind]
 ACTION_KIND_UNSPECIFIED: ActionKind
 ACTION_KIND_FORWARD: ActionKind
 ACTION_KIND_BACKWARD: ActionKind
 ACTION_KIND_REDUCE: ActionKind
 ACTION_KIND_NORM: ActionKind
 ACTION_KIND_UPDATE: ActionKind
+ACTION_KIND_INPUT_GRADIENT: ActionKind
+ACTION_KIND_WEIGHT_GRADIENT: ActionKind
 
 class Plan(_message.Message):
-    __slots__ = ("stages", "replicas", "tensor", "micro_batches", "schedule", "window", "cuts", "expected_rows", "recompute", "precision")
+    __slots__ = ("stages", "replicas", "tensor", "micro_batches", "schedule", "window", "cuts", "expected_rows", "recompute", "precision", "activation_compression", "stall_seconds", "step_seconds", "checksums")
     STAGES_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     TENSOR_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +40,10 @@ class Plan(_message.Message):
     EXPECTED_ROWS_FIELD_NUMBER: _ClassVar[int]
     RECOMPUTE_FIELD_NUMBER: _ClassVar[int]
     PRECISION_FIELD_NUMBER: _ClassVar[int]
+    ACTIVATION_COMPRESSION_FIELD_NUMBER: _ClassVar[int]
+    STALL_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    STEP_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
     stages: int
     replicas: int
     tensor: int
@@ -46,7 +54,11 @@ class Plan(_message.Message):
     expected_rows: int
     recompute: bool
     precision: _tensors_pb2.DataType
-    def __init__(self, stages: _Optional[int] = ..., replicas: _Optional[int] = ..., tensor: _Optional[int] = ..., micro_batches: _Optional[int] = ..., schedule: _Optional[str] = ..., window: _Optional[int] = ..., cuts: _Optional[_Iterable[int]] = ..., expected_rows: _Optional[int] = ..., recompute: bool = ..., precision: _Optional[_Union[_tensors_pb2.DataType, str]] = ...) -> None: ...
+    activation_compression: _containers.RepeatedScalarFieldContainer[str]
+    stall_seconds: float
+    step_seconds: float
+    checksums: bool
+    def __init__(self, stages: _Optional[int] = ..., replicas: _Optional[int] = ..., tensor: _Optional[int] = ..., micro_batches: _Optional[int] = ..., schedule: _Optional[str] = ..., window: _Optional[int] = ..., cuts: _Optional[_Iterable[int]] = ..., expected_rows: _Optional[int] = ..., recompute: bool = ..., precision: _Optional[_Union[_tensors_pb2.DataType, str]] = ..., activation_compression: _Optional[_Iterable[str]] = ..., stall_seconds: _Optional[float] = ..., step_seconds: _Optional[float] = ..., checksums: bool = ...) -> None: ...
 
 class Action(_message.Message):
     __slots__ = ("kind", "stage", "micro_batch")
@@ -107,16 +119,37 @@ class OptimizerStateName(_message.Message):
     def __init__(self, parameter: _Optional[str] = ..., state: _Optional[str] = ...) -> None: ...
 
 class LoadState(_message.Message):
-    __slots__ = ("weights_directory", "optimizer_state", "weight_version", "weights_prefix")
+    __slots__ = ("weights_directory", "optimizer_state", "weight_version", "weights_prefix", "checkpoint")
     WEIGHTS_DIRECTORY_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_STATE_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_PREFIX_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     weights_directory: str
     optimizer_state: _containers.RepeatedCompositeFieldContainer[OptimizerStateName]
     weight_version: int
     weights_prefix: str
-    def __init__(self, weights_directory: _Optional[str] = ..., optimizer_state: _Optional[_Iterable[_Union[OptimizerStateName, _Mapping]]] = ..., weight_version: _Optional[int] = ..., weights_prefix: _Optional[str] = ...) -> None: ...
+    checkpoint: StoredState
+    def __init__(self, weights_directory: _Optional[str] = ..., optimizer_state: _Optional[_Iterable[_Union[OptimizerStateName, _Mapping]]] = ..., weight_version: _Optional[int] = ..., weights_prefix: _Optional[str] = ..., checkpoint: _Optional[_Union[StoredState, _Mapping]] = ...) -> None: ...
+
+class StoredState(_message.Message):
+    __slots__ = ("directory", "manifest_sha256", "keys", "kept")
+    class KeysEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_SHA256_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
+    directory: str
+    manifest_sha256: str
+    keys: _containers.ScalarMap[str, str]
+    kept: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, directory: _Optional[str] = ..., manifest_sha256: _Optional[str] = ..., keys: _Optional[_Mapping[str, str]] = ..., kept: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class TrainStep(_message.Message):
     __slots__ = ("step", "micro_batches", "hyperparameters", "max_gradient_norm", "return_gradients")
@@ -151,10 +184,32 @@ class FetchState(_message.Message):
     def __init__(self, optimizer_state: bool = ...) -> None: ...
 
 class SaveState(_message.Message):
-    __slots__ = ("directory",)
+    __slots__ = ("directory", "token", "keys", "kept", "tied")
+    class KeysEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class TiedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
+    TIED_FIELD_NUMBER: _ClassVar[int]
     directory: str
-    def __init__(self, directory: _Optional[str] = ...) -> None: ...
+    token: str
+    keys: _containers.ScalarMap[str, str]
+    kept: _containers.RepeatedScalarFieldContainer[str]
+    tied: _containers.ScalarMap[str, str]
+    def __init__(self, directory: _Optional[str] = ..., token: _Optional[str] = ..., keys: _Optional[_Mapping[str, str]] = ..., kept: _Optional[_Iterable[str]] = ..., tied: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class Entry(_message.Message):
     __slots__ = ("number", "generation", "load_state", "train_step", "evaluate", "predict", "fetch_state", "save_state")
@@ -221,25 +276,73 @@ class SavedFile(_message.Message):
     def __init__(self, name: _Optional[str] = ..., size_bytes: _Optional[int] = ..., sha256: _Optional[str] = ...) -> None: ...
 
 class EntryReport(_message.Message):
-    __slots__ = ("entry", "generation", "losses", "timing", "weight_version", "gradient_norm", "saved_files")
+    __slots__ = ("entry", "generation", "losses", "timing", "weight_version", "gradient_norm")
     ENTRY_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     LOSSES_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_NORM_FIELD_NUMBER: _ClassVar[int]
-    SAVED_FILES_FIELD_NUMBER: _ClassVar[int]
     entry: int
     generation: int
     losses: _containers.RepeatedCompositeFieldContainer[LossPart]
     timing: Timing
     weight_version: int
     gradient_norm: float
-    saved_files: _containers.RepeatedCompositeFieldContainer[SavedFile]
-    def __init__(self, entry: _Optional[int] = ..., generation: _Optional[int] = ..., losses: _Optional[_Iterable[_Union[LossPart, _Mapping]]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., weight_version: _Optional[int] = ..., gradient_norm: _Optional[float] = ..., saved_files: _Optional[_Iterable[_Union[SavedFile, _Mapping]]] = ...) -> None: ...
+    def __init__(self, entry: _Optional[int] = ..., generation: _Optional[int] = ..., losses: _Optional[_Iterable[_Union[LossPart, _Mapping]]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., weight_version: _Optional[int] = ..., gradient_norm: _Optional[float] = ...) -> None: ...
+
+class OptimizerNumber(_message.Message):
+    __slots__ = ("parameter", "state", "boolean", "integer", "real")
+    PARAMETER_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    BOOLEAN_FIELD_NUMBER: _ClassVar[int]
+    INTEGER_FIELD_NUMBER: _ClassVar[int]
+    REAL_FIELD_NUMBER: _ClassVar[int]
+    parameter: str
+    state: str
+    boolean: bool
+    integer: int
+    real: float
+    def __init__(self, parameter: _Optional[str] = ..., state: _Optional[str] = ..., boolean: bool = ..., integer: _Optional[int] = ..., real: _Optional[float] = ...) -> None: ...
+
+class SaveFailure(_message.Message):
+    __slots__ = ("message", "expected", "got", "remedy")
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_FIELD_NUMBER: _ClassVar[int]
+    GOT_FIELD_NUMBER: _ClassVar[int]
+    REMEDY_FIELD_NUMBER: _ClassVar[int]
+    message: str
+    expected: str
+    got: str
+    remedy: str
+    def __init__(self, message: _Optional[str] = ..., expected: _Optional[str] = ..., got: _Optional[str] = ..., remedy: _Optional[str] = ...) -> None: ...
+
+class SavedPart(_message.Message):
+    __slots__ = ("entry", "generation", "files", "numbers", "weight_version", "failure")
+    ENTRY_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    NUMBERS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    entry: int
+    generation: int
+    files: _containers.RepeatedCompositeFieldContainer[SavedFile]
+    numbers: _containers.RepeatedCompositeFieldContainer[OptimizerNumber]
+    weight_version: int
+    failure: SaveFailure
+    def __init__(self, entry: _Optional[int] = ..., generation: _Optional[int] = ..., files: _Optional[_Iterable[_Union[SavedFile, _Mapping]]] = ..., numbers: _Optional[_Iterable[_Union[OptimizerNumber, _Mapping]]] = ..., weight_version: _Optional[int] = ..., failure: _Optional[_Union[SaveFailure, _Mapping]] = ...) -> None: ...
+
+class SaveOutcome(_message.Message):
+    __slots__ = ("entry", "failure")
+    ENTRY_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    entry: int
+    failure: SaveFailure
+    def __init__(self, entry: _Optional[int] = ..., failure: _Optional[_Union[SaveFailure, _Mapping]] = ...) -> None: ...
 
 class EntryResult(_message.Message):
-    __slots__ = ("entry", "loss", "weight", "seconds", "gradient_norm", "weight_version", "timings", "saved_files")
+    __slots__ = ("entry", "loss", "weight", "seconds", "gradient_norm", "weight_version", "timings")
     class TimingsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -254,7 +357,6 @@ class EntryResult(_message.Message):
     GRADIENT_NORM_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
-    SAVED_FILES_FIELD_NUMBER: _ClassVar[int]
     entry: int
     loss: float
     weight: float
@@ -262,5 +364,4 @@ class EntryResult(_message.Message):
     gradient_norm: float
     weight_version: int
     timings: _containers.MessageMap[str, Timing]
-    saved_files: _containers.RepeatedCompositeFieldContainer[SavedFile]
-    def __init__(self, entry: _Optional[int] = ..., loss: _Optional[float] = ..., weight: _Optional[float] = ..., seconds: _Optional[float] = ..., gradient_norm: _Optional[float] = ..., weight_version: _Optional[int] = ..., timings: _Optional[_Mapping[str, Timing]] = ..., saved_files: _Optional[_Iterable[_Union[SavedFile, _Mapping]]] = ...) -> None: ...
+    def __init__(self, entry: _Optional[int] = ..., loss: _Optional[float] = ..., weight: _Optional[float] = ..., seconds: _Optional[float] = ..., gradient_norm: _Optional[float] = ..., weight_version: _Optional[int] = ..., timings: _Optional[_Mapping[str, Timing]] = ...) -> None: ...

@@ -2,12 +2,26 @@ from gradwire_protocol.v1 import graph_pb2 as _graph_pb2
 from gradwire_protocol.v1 import run_pb2 as _run_pb2
 from gradwire_protocol.v1 import tensors_pb2 as _tensors_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class WaitKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    WAIT_KIND_UNSPECIFIED: _ClassVar[WaitKind]
+    WAIT_KIND_MESSAGE: _ClassVar[WaitKind]
+    WAIT_KIND_ROOM: _ClassVar[WaitKind]
+    WAIT_KIND_COLLECT: _ClassVar[WaitKind]
+    WAIT_KIND_DISK: _ClassVar[WaitKind]
+WAIT_KIND_UNSPECIFIED: WaitKind
+WAIT_KIND_MESSAGE: WaitKind
+WAIT_KIND_ROOM: WaitKind
+WAIT_KIND_COLLECT: WaitKind
+WAIT_KIND_DISK: WaitKind
 
 class IncomingValue(_message.Message):
     __slots__ = ("value", "from_batch", "producer_stage", "gradient_to_stage", "gradient_from_stage")
@@ -24,12 +38,14 @@ class IncomingValue(_message.Message):
     def __init__(self, value: _Optional[str] = ..., from_batch: bool = ..., producer_stage: _Optional[int] = ..., gradient_to_stage: _Optional[int] = ..., gradient_from_stage: _Optional[int] = ...) -> None: ...
 
 class OutgoingValue(_message.Message):
-    __slots__ = ("value", "consumer_stages")
+    __slots__ = ("value", "consumer_stages", "exact")
     VALUE_FIELD_NUMBER: _ClassVar[int]
     CONSUMER_STAGES_FIELD_NUMBER: _ClassVar[int]
+    EXACT_FIELD_NUMBER: _ClassVar[int]
     value: str
     consumer_stages: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, value: _Optional[str] = ..., consumer_stages: _Optional[_Iterable[int]] = ...) -> None: ...
+    exact: bool
+    def __init__(self, value: _Optional[str] = ..., consumer_stages: _Optional[_Iterable[int]] = ..., exact: bool = ...) -> None: ...
 
 class ResultValue(_message.Message):
     __slots__ = ("value",)
@@ -85,8 +101,22 @@ class Peer(_message.Message):
     replica: int
     def __init__(self, server: _Optional[str] = ..., address: _Optional[str] = ..., stages: _Optional[_Iterable[int]] = ..., replica: _Optional[int] = ...) -> None: ...
 
+class UntakenBound(_message.Message):
+    __slots__ = ("direction", "source_stage", "value", "messages", "message_bytes")
+    DIRECTION_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_STAGE_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    direction: _tensors_pb2.Direction
+    source_stage: int
+    value: str
+    messages: int
+    message_bytes: int
+    def __init__(self, direction: _Optional[_Union[_tensors_pb2.Direction, str]] = ..., source_stage: _Optional[int] = ..., value: _Optional[str] = ..., messages: _Optional[int] = ..., message_bytes: _Optional[int] = ...) -> None: ...
+
 class PrepareRequest(_message.Message):
-    __slots__ = ("run", "generation", "server", "segments", "tensors", "peers", "stages", "optimizer", "loss_form", "seed", "recompute", "precision")
+    __slots__ = ("run", "generation", "server", "segments", "tensors", "peers", "stages", "optimizer", "loss_form", "seed", "recompute", "precision", "activation_codecs", "bounds", "checksums")
     RUN_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     SERVER_FIELD_NUMBER: _ClassVar[int]
@@ -99,6 +129,9 @@ class PrepareRequest(_message.Message):
     SEED_FIELD_NUMBER: _ClassVar[int]
     RECOMPUTE_FIELD_NUMBER: _ClassVar[int]
     PRECISION_FIELD_NUMBER: _ClassVar[int]
+    ACTIVATION_CODECS_FIELD_NUMBER: _ClassVar[int]
+    BOUNDS_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
     run: str
     generation: int
     server: str
@@ -111,7 +144,10 @@ class PrepareRequest(_message.Message):
     seed: int
     recompute: bool
     precision: _tensors_pb2.DataType
-    def __init__(self, run: _Optional[str] = ..., generation: _Optional[int] = ..., server: _Optional[str] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., tensors: _Optional[_Iterable[_Union[TensorPlacement, _Mapping]]] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., stages: _Optional[int] = ..., optimizer: _Optional[_Union[_run_pb2.Optimizer, _Mapping]] = ..., loss_form: _Optional[_Union[_graph_pb2.LossForm, str]] = ..., seed: _Optional[int] = ..., recompute: bool = ..., precision: _Optional[_Union[_tensors_pb2.DataType, str]] = ...) -> None: ...
+    activation_codecs: _containers.RepeatedScalarFieldContainer[_tensors_pb2.Codec]
+    bounds: _containers.RepeatedCompositeFieldContainer[UntakenBound]
+    checksums: bool
+    def __init__(self, run: _Optional[str] = ..., generation: _Optional[int] = ..., server: _Optional[str] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., tensors: _Optional[_Iterable[_Union[TensorPlacement, _Mapping]]] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., stages: _Optional[int] = ..., optimizer: _Optional[_Union[_run_pb2.Optimizer, _Mapping]] = ..., loss_form: _Optional[_Union[_graph_pb2.LossForm, str]] = ..., seed: _Optional[int] = ..., recompute: bool = ..., precision: _Optional[_Union[_tensors_pb2.DataType, str]] = ..., activation_codecs: _Optional[_Iterable[_Union[_tensors_pb2.Codec, str]]] = ..., bounds: _Optional[_Iterable[_Union[UntakenBound, _Mapping]]] = ..., checksums: bool = ...) -> None: ...
 
 class PrepareReply(_message.Message):
     __slots__ = ("state_bytes",)
@@ -130,10 +166,12 @@ class ExecuteRequest(_message.Message):
     def __init__(self, run: _Optional[str] = ..., entry: _Optional[_Union[_run_pb2.Entry, _Mapping]] = ..., program: _Optional[_Union[_run_pb2.Program, _Mapping]] = ...) -> None: ...
 
 class ExecuteReply(_message.Message):
-    __slots__ = ("report",)
+    __slots__ = ("report", "saved")
     REPORT_FIELD_NUMBER: _ClassVar[int]
+    SAVED_FIELD_NUMBER: _ClassVar[int]
     report: _run_pb2.EntryReport
-    def __init__(self, report: _Optional[_Union[_run_pb2.EntryReport, _Mapping]] = ...) -> None: ...
+    saved: _run_pb2.SavedPart
+    def __init__(self, report: _Optional[_Union[_run_pb2.EntryReport, _Mapping]] = ..., saved: _Optional[_Union[_run_pb2.SavedPart, _Mapping]] = ...) -> None: ...
 
 class CollectRequest(_message.Message):
     __slots__ = ("run", "generation", "entry")
@@ -144,6 +182,34 @@ class CollectRequest(_message.Message):
     generation: int
     entry: int
     def __init__(self, run: _Optional[str] = ..., generation: _Optional[int] = ..., entry: _Optional[int] = ...) -> None: ...
+
+class OfferSharedBlockRequest(_message.Message):
+    __slots__ = ("run", "generation", "server", "socket", "ticket", "slots", "slot_bytes")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    SERVER_FIELD_NUMBER: _ClassVar[int]
+    SOCKET_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    generation: int
+    server: str
+    socket: str
+    ticket: bytes
+    slots: int
+    slot_bytes: int
+    def __init__(self, run: _Optional[str] = ..., generation: _Optional[int] = ..., server: _Optional[str] = ..., socket: _Optional[str] = ..., ticket: _Optional[bytes] = ..., slots: _Optional[int] = ..., slot_bytes: _Optional[int] = ...) -> None: ...
+
+class OfferSharedBlockReply(_message.Message):
+    __slots__ = ("accepted", "reason", "explanation")
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    EXPLANATION_FIELD_NUMBER: _ClassVar[int]
+    accepted: bool
+    reason: str
+    explanation: str
+    def __init__(self, accepted: bool = ..., reason: _Optional[str] = ..., explanation: _Optional[str] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
     __slots__ = ("run", "generation", "reason")
@@ -159,8 +225,30 @@ class ReleaseReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class Wait(_message.Message):
+    __slots__ = ("kind", "message", "server", "stage")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    SERVER_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    kind: WaitKind
+    message: _tensors_pb2.MessageKey
+    server: str
+    stage: int
+    def __init__(self, kind: _Optional[_Union[WaitKind, str]] = ..., message: _Optional[_Union[_tensors_pb2.MessageKey, _Mapping]] = ..., server: _Optional[str] = ..., stage: _Optional[int] = ...) -> None: ...
+
+class Unreceipted(_message.Message):
+    __slots__ = ("server", "messages", "size_bytes")
+    SERVER_FIELD_NUMBER: _ClassVar[int]
+    MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    server: str
+    messages: int
+    size_bytes: int
+    def __init__(self, server: _Optional[str] = ..., messages: _Optional[int] = ..., size_bytes: _Optional[int] = ...) -> None: ...
+
 class Activity(_message.Message):
-    __slots__ = ("run", "generation", "stages", "entry", "action", "waiting_for", "waiting_seconds", "progress")
+    __slots__ = ("run", "generation", "stages", "entry", "action", "waiting_for", "waiting_seconds", "progress", "phase", "wait", "client_progress", "unreceipted")
     RUN_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
@@ -169,6 +257,10 @@ class Activity(_message.Message):
     WAITING_FOR_FIELD_NUMBER: _ClassVar[int]
     WAITING_SECONDS_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    WAIT_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    UNRECEIPTED_FIELD_NUMBER: _ClassVar[int]
     run: str
     generation: int
     stages: _containers.RepeatedScalarFieldContainer[int]
@@ -177,7 +269,11 @@ class Activity(_message.Message):
     waiting_for: str
     waiting_seconds: float
     progress: int
-    def __init__(self, run: _Optional[str] = ..., generation: _Optional[int] = ..., stages: _Optional[_Iterable[int]] = ..., entry: _Optional[int] = ..., action: _Optional[str] = ..., waiting_for: _Optional[str] = ..., waiting_seconds: _Optional[float] = ..., progress: _Optional[int] = ...) -> None: ...
+    phase: str
+    wait: Wait
+    client_progress: int
+    unreceipted: _containers.RepeatedCompositeFieldContainer[Unreceipted]
+    def __init__(self, run: _Optional[str] = ..., generation: _Optional[int] = ..., stages: _Optional[_Iterable[int]] = ..., entry: _Optional[int] = ..., action: _Optional[str] = ..., waiting_for: _Optional[str] = ..., waiting_seconds: _Optional[float] = ..., progress: _Optional[int] = ..., phase: _Optional[str] = ..., wait: _Optional[_Union[Wait, _Mapping]] = ..., client_progress: _Optional[int] = ..., unreceipted: _Optional[_Iterable[_Union[Unreceipted, _Mapping]]] = ...) -> None: ...
 
 class GetActivityRequest(_message.Message):
     __slots__ = ()
@@ -188,3 +284,41 @@ class GetActivityReply(_message.Message):
     ACTIVITY_FIELD_NUMBER: _ClassVar[int]
     activity: Activity
     def __init__(self, activity: _Optional[_Union[Activity, _Mapping]] = ...) -> None: ...
+
+class MeasureLinksRequest(_message.Message):
+    __slots__ = ("addresses",)
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    addresses: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, addresses: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class LinkMeasurement(_message.Message):
+    __slots__ = ("address", "round_trip_seconds", "sent_bytes_per_second", "received_bytes_per_second")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    ROUND_TRIP_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SENT_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    round_trip_seconds: float
+    sent_bytes_per_second: float
+    received_bytes_per_second: float
+    def __init__(self, address: _Optional[str] = ..., round_trip_seconds: _Optional[float] = ..., sent_bytes_per_second: _Optional[float] = ..., received_bytes_per_second: _Optional[float] = ...) -> None: ...
+
+class MeasureLinksReply(_message.Message):
+    __slots__ = ("links",)
+    LINKS_FIELD_NUMBER: _ClassVar[int]
+    links: _containers.RepeatedCompositeFieldContainer[LinkMeasurement]
+    def __init__(self, links: _Optional[_Iterable[_Union[LinkMeasurement, _Mapping]]] = ...) -> None: ...
+
+class ProbeRequest(_message.Message):
+    __slots__ = ("payload", "reply_bytes")
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    REPLY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    payload: bytes
+    reply_bytes: int
+    def __init__(self, payload: _Optional[bytes] = ..., reply_bytes: _Optional[int] = ...) -> None: ...
+
+class ProbeReply(_message.Message):
+    __slots__ = ("payload",)
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    payload: bytes
+    def __init__(self, payload: _Optional[bytes] = ...) -> None: ...

@@ -58,6 +58,11 @@ class StageServiceStub(object):
                 request_serializer=gradwire__protocol_dot_v1_dot_stage__pb2.CollectRequest.SerializeToString,
                 response_deserializer=gradwire__protocol_dot_v1_dot_tensors__pb2.TensorFrame.FromString,
                 _registered_method=True)
+        self.OfferSharedBlock = channel.unary_unary(
+                '/gradwire_protocol.v1.StageService/OfferSharedBlock',
+                request_serializer=gradwire__protocol_dot_v1_dot_stage__pb2.OfferSharedBlockRequest.SerializeToString,
+                response_deserializer=gradwire__protocol_dot_v1_dot_stage__pb2.OfferSharedBlockReply.FromString,
+                _registered_method=True)
         self.Release = channel.unary_unary(
                 '/gradwire_protocol.v1.StageService/Release',
                 request_serializer=gradwire__protocol_dot_v1_dot_stage__pb2.ReleaseRequest.SerializeToString,
@@ -67,6 +72,16 @@ class StageServiceStub(object):
                 '/gradwire_protocol.v1.StageService/GetActivity',
                 request_serializer=gradwire__protocol_dot_v1_dot_stage__pb2.GetActivityRequest.SerializeToString,
                 response_deserializer=gradwire__protocol_dot_v1_dot_stage__pb2.GetActivityReply.FromString,
+                _registered_method=True)
+        self.MeasureLinks = channel.unary_unary(
+                '/gradwire_protocol.v1.StageService/MeasureLinks',
+                request_serializer=gradwire__protocol_dot_v1_dot_stage__pb2.MeasureLinksRequest.SerializeToString,
+                response_deserializer=gradwire__protocol_dot_v1_dot_stage__pb2.MeasureLinksReply.FromString,
+                _registered_method=True)
+        self.Probe = channel.unary_unary(
+                '/gradwire_protocol.v1.StageService/Probe',
+                request_serializer=gradwire__protocol_dot_v1_dot_stage__pb2.ProbeRequest.SerializeToString,
+                response_deserializer=gradwire__protocol_dot_v1_dot_stage__pb2.ProbeReply.FromString,
                 _registered_method=True)
 
 
@@ -84,8 +99,8 @@ class StageServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Execute(self, request_iterator, context):
-        """The coordinator's stream of entries, in order; one report each, in order. When the stream breaks, the run is
-        released. A failure ends the stream with its status.
+        """The coordinator's stream of entries, in order; one report each, in order, and for each SaveState how its writing went.
+        When the stream breaks, the run is released. A failure ends the stream with its status.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -107,6 +122,14 @@ class StageServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def OfferSharedBlock(self, request, context):
+        """Offers memory for the payloads of a Deliver stream to this server. The server takes it where it shares the
+        sender's kernel, files and user; otherwise it says why, and payloads go in chunks as ever.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Release(self, request, context):
         """Ends a run here, whatever it is doing, and frees its memory. Idempotent.
         """
@@ -116,6 +139,21 @@ class StageServiceServicer(object):
 
     def GetActivity(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MeasureLinks(self, request, context):
+        """Asks other servers to `Probe`, with messages that grow until they tell the link's rate: mostly less than a second for
+        a link, a few seconds for one that is very slow.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Probe(self, request, context):
+        """Takes a message and answers with one, for the caller to take the time.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -143,6 +181,11 @@ def add_StageServiceServicer_to_server(servicer, server):
                     request_deserializer=gradwire__protocol_dot_v1_dot_stage__pb2.CollectRequest.FromString,
                     response_serializer=gradwire__protocol_dot_v1_dot_tensors__pb2.TensorFrame.SerializeToString,
             ),
+            'OfferSharedBlock': grpc.unary_unary_rpc_method_handler(
+                    servicer.OfferSharedBlock,
+                    request_deserializer=gradwire__protocol_dot_v1_dot_stage__pb2.OfferSharedBlockRequest.FromString,
+                    response_serializer=gradwire__protocol_dot_v1_dot_stage__pb2.OfferSharedBlockReply.SerializeToString,
+            ),
             'Release': grpc.unary_unary_rpc_method_handler(
                     servicer.Release,
                     request_deserializer=gradwire__protocol_dot_v1_dot_stage__pb2.ReleaseRequest.FromString,
@@ -152,6 +195,16 @@ def add_StageServiceServicer_to_server(servicer, server):
                     servicer.GetActivity,
                     request_deserializer=gradwire__protocol_dot_v1_dot_stage__pb2.GetActivityRequest.FromString,
                     response_serializer=gradwire__protocol_dot_v1_dot_stage__pb2.GetActivityReply.SerializeToString,
+            ),
+            'MeasureLinks': grpc.unary_unary_rpc_method_handler(
+                    servicer.MeasureLinks,
+                    request_deserializer=gradwire__protocol_dot_v1_dot_stage__pb2.MeasureLinksRequest.FromString,
+                    response_serializer=gradwire__protocol_dot_v1_dot_stage__pb2.MeasureLinksReply.SerializeToString,
+            ),
+            'Probe': grpc.unary_unary_rpc_method_handler(
+                    servicer.Probe,
+                    request_deserializer=gradwire__protocol_dot_v1_dot_stage__pb2.ProbeRequest.FromString,
+                    response_serializer=gradwire__protocol_dot_v1_dot_stage__pb2.ProbeReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -276,6 +329,33 @@ class StageService(object):
             _registered_method=True)
 
     @staticmethod
+    def OfferSharedBlock(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradwire_protocol.v1.StageService/OfferSharedBlock',
+            gradwire__protocol_dot_v1_dot_stage__pb2.OfferSharedBlockRequest.SerializeToString,
+            gradwire__protocol_dot_v1_dot_stage__pb2.OfferSharedBlockReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Release(request,
             target,
             options=(),
@@ -319,6 +399,60 @@ class StageService(object):
             '/gradwire_protocol.v1.StageService/GetActivity',
             gradwire__protocol_dot_v1_dot_stage__pb2.GetActivityRequest.SerializeToString,
             gradwire__protocol_dot_v1_dot_stage__pb2.GetActivityReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MeasureLinks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradwire_protocol.v1.StageService/MeasureLinks',
+            gradwire__protocol_dot_v1_dot_stage__pb2.MeasureLinksRequest.SerializeToString,
+            gradwire__protocol_dot_v1_dot_stage__pb2.MeasureLinksReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Probe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradwire_protocol.v1.StageService/Probe',
+            gradwire__protocol_dot_v1_dot_stage__pb2.ProbeRequest.SerializeToString,
+            gradwire__protocol_dot_v1_dot_stage__pb2.ProbeReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -24,31 +24,33 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"gradwire_protocol/v1/tensors.proto\x12\x14gradwire_protocol.v1\"\xb9\x01\n\nMessageKey\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\r\x12\r\n\x05\x65ntry\x18\x03 \x01(\x04\x12\x13\n\x0bmicro_batch\x18\x04 \x01(\r\x12\r\n\x05value\x18\x05 \x01(\t\x12\x32\n\tdirection\x18\x06 \x01(\x0e\x32\x1f.gradwire_protocol.v1.Direction\x12\x14\n\x0csource_stage\x18\x07 \x01(\r\x12\r\n\x05state\x18\x08 \x01(\t\"\xb6\x01\n\nTensorInfo\x12\x31\n\tdata_type\x18\x01 \x01(\x0e\x32\x1e.gradwire_protocol.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0f\n\x07strides\x18\x03 \x03(\x03\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12*\n\x05\x63odec\x18\x05 \x01(\x0e\x32\x1b.gradwire_protocol.v1.Codec\x12\x15\n\rrequires_grad\x18\x06 \x01(\x08\"\x08\n\x06\x41\x62sent\"\xf2\x01\n\x0cTensorHeader\x12-\n\x03key\x18\x01 \x01(\x0b\x32 .gradwire_protocol.v1.MessageKey\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x32\n\x06tensor\x18\x03 \x01(\x0b\x32 .gradwire_protocol.v1.TensorInfoH\x00\x12\x11\n\x07integer\x18\x04 \x01(\x03H\x00\x12\x0e\n\x04real\x18\x05 \x01(\x01H\x00\x12\x11\n\x07\x62oolean\x18\x06 \x01(\x08H\x00\x12.\n\x06\x61\x62sent\x18\x07 \x01(\x0b\x32\x1c.gradwire_protocol.v1.AbsentH\x00\x42\x07\n\x05value\"<\n\x0bTensorChunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0f\n\x07padding\x18\x02 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"s\n\x0bTensorFrame\x12\x32\n\x06header\x18\x01 \x01(\x0b\x32\".gradwire_protocol.v1.TensorHeader\x12\x30\n\x05\x63hunk\x18\x02 \x01(\x0b\x32!.gradwire_protocol.v1.TensorChunk\"\x1b\n\x07Receipt\x12\x10\n\x08sequence\x18\x01 \x01(\x04*\xb1\x02\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT64\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x02\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x03\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x04\x12\x13\n\x0f\x44\x41TA_TYPE_INT64\x10\x05\x12\x13\n\x0f\x44\x41TA_TYPE_INT32\x10\x06\x12\x13\n\x0f\x44\x41TA_TYPE_INT16\x10\x07\x12\x12\n\x0e\x44\x41TA_TYPE_INT8\x10\x08\x12\x13\n\x0f\x44\x41TA_TYPE_UINT8\x10\t\x12\x12\n\x0e\x44\x41TA_TYPE_BOOL\x10\n\x12\x17\n\x13\x44\x41TA_TYPE_COMPLEX64\x10\x0b\x12\x18\n\x14\x44\x41TA_TYPE_COMPLEX128\x10\x0c*.\n\x05\x43odec\x12\x15\n\x11\x43ODEC_UNSPECIFIED\x10\x00\x12\x0e\n\nCODEC_NONE\x10\x01*\xd3\x01\n\tDirection\x12\x19\n\x15\x44IRECTION_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44IRECTION_BATCH\x10\x01\x12\x15\n\x11\x44IRECTION_FORWARD\x10\x02\x12\x16\n\x12\x44IRECTION_BACKWARD\x10\x03\x12\x13\n\x0f\x44IRECTION_STATE\x10\x04\x12\x12\n\x0e\x44IRECTION_TIED\x10\x05\x12\x12\n\x0e\x44IRECTION_NORM\x10\x06\x12\x14\n\x10\x44IRECTION_WEIGHT\x10\x07\x12\x14\n\x10\x44IRECTION_RESULT\x10\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"gradwire_protocol/v1/tensors.proto\x12\x14gradwire_protocol.v1\"\xb9\x01\n\nMessageKey\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\r\x12\r\n\x05\x65ntry\x18\x03 \x01(\x04\x12\x13\n\x0bmicro_batch\x18\x04 \x01(\r\x12\r\n\x05value\x18\x05 \x01(\t\x12\x32\n\tdirection\x18\x06 \x01(\x0e\x32\x1f.gradwire_protocol.v1.Direction\x12\x14\n\x0csource_stage\x18\x07 \x01(\r\x12\r\n\x05state\x18\x08 \x01(\t\"6\n\nSharedSlot\x12\r\n\x05\x62lock\x18\x01 \x01(\x0c\x12\x0c\n\x04slot\x18\x02 \x01(\r\x12\x0b\n\x03use\x18\x03 \x01(\x04\"\xe8\x01\n\nTensorInfo\x12\x31\n\tdata_type\x18\x01 \x01(\x0e\x32\x1e.gradwire_protocol.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0f\n\x07strides\x18\x03 \x03(\x03\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12*\n\x05\x63odec\x18\x05 \x01(\x0e\x32\x1b.gradwire_protocol.v1.Codec\x12\x15\n\rrequires_grad\x18\x06 \x01(\x08\x12\x30\n\x06shared\x18\x08 \x01(\x0b\x32 .gradwire_protocol.v1.SharedSlot\"\x08\n\x06\x41\x62sent\"\xf2\x01\n\x0cTensorHeader\x12-\n\x03key\x18\x01 \x01(\x0b\x32 .gradwire_protocol.v1.MessageKey\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x32\n\x06tensor\x18\x03 \x01(\x0b\x32 .gradwire_protocol.v1.TensorInfoH\x00\x12\x11\n\x07integer\x18\x04 \x01(\x03H\x00\x12\x0e\n\x04real\x18\x05 \x01(\x01H\x00\x12\x11\n\x07\x62oolean\x18\x06 \x01(\x08H\x00\x12.\n\x06\x61\x62sent\x18\x07 \x01(\x0b\x32\x1c.gradwire_protocol.v1.AbsentH\x00\x42\x07\n\x05value\"`\n\x0bTensorChunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0f\n\x07padding\x18\x02 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x15\n\x08\x63hecksum\x18\x04 \x01(\x07H\x00\x88\x01\x01\x42\x0b\n\t_checksum\"s\n\x0bTensorFrame\x12\x32\n\x06header\x18\x01 \x01(\x0b\x32\".gradwire_protocol.v1.TensorHeader\x12\x30\n\x05\x63hunk\x18\x02 \x01(\x0b\x32!.gradwire_protocol.v1.TensorChunk\"\x1b\n\x07Receipt\x12\x10\n\x08sequence\x18\x01 \x01(\x04*\xb1\x02\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT64\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x02\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x03\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x04\x12\x13\n\x0f\x44\x41TA_TYPE_INT64\x10\x05\x12\x13\n\x0f\x44\x41TA_TYPE_INT32\x10\x06\x12\x13\n\x0f\x44\x41TA_TYPE_INT16\x10\x07\x12\x12\n\x0e\x44\x41TA_TYPE_INT8\x10\x08\x12\x13\n\x0f\x44\x41TA_TYPE_UINT8\x10\t\x12\x12\n\x0e\x44\x41TA_TYPE_BOOL\x10\n\x12\x17\n\x13\x44\x41TA_TYPE_COMPLEX64\x10\x0b\x12\x18\n\x14\x44\x41TA_TYPE_COMPLEX128\x10\x0c*^\n\x05\x43odec\x12\x15\n\x11\x43ODEC_UNSPECIFIED\x10\x00\x12\x0e\n\nCODEC_NONE\x10\x01\x12\x0e\n\nCODEC_BF16\x10\x02\x12\x0e\n\nCODEC_FP16\x10\x03\x12\x0e\n\nCODEC_INT8\x10\x04*\xd3\x01\n\tDirection\x12\x19\n\x15\x44IRECTION_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44IRECTION_BATCH\x10\x01\x12\x15\n\x11\x44IRECTION_FORWARD\x10\x02\x12\x16\n\x12\x44IRECTION_BACKWARD\x10\x03\x12\x13\n\x0f\x44IRECTION_STATE\x10\x04\x12\x12\n\x0e\x44IRECTION_TIED\x10\x05\x12\x12\n\x0e\x44IRECTION_NORM\x10\x06\x12\x14\n\x10\x44IRECTION_WEIGHT\x10\x07\x12\x14\n\x10\x44IRECTION_RESULT\x10\x08\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'gradwire_protocol.v1.tensors_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DATATYPE']._serialized_start=897
-  _globals['_DATATYPE']._serialized_end=1202
-  _globals['_CODEC']._serialized_start=1204
-  _globals['_CODEC']._serialized_end=1250
-  _globals['_DIRECTION']._serialized_start=1253
-  _globals['_DIRECTION']._serialized_end=1464
+  _globals['_DATATYPE']._serialized_start=1039
+  _globals['_DATATYPE']._serialized_end=1344
+  _globals['_CODEC']._serialized_start=1346
+  _globals['_CODEC']._serialized_end=1440
+  _globals['_DIRECTION']._serialized_start=1443
+  _globals['_DIRECTION']._serialized_end=1654
   _globals['_MESSAGEKEY']._serialized_start=61
   _globals['_MESSAGEKEY']._serialized_end=246
-  _globals['_TENSORINFO']._serialized_start=249
-  _globals['_TENSORINFO']._serialized_end=431
-  _globals['_ABSENT']._serialized_start=433
-  _globals['_ABSENT']._serialized_end=441
-  _globals['_TENSORHEADER']._serialized_start=444
-  _globals['_TENSORHEADER']._serialized_end=686
-  _globals['_TENSORCHUNK']._serialized_start=688
-  _globals['_TENSORCHUNK']._serialized_end=748
-  _globals['_TENSORFRAME']._serialized_start=750
-  _globals['_TENSORFRAME']._serialized_end=865
-  _globals['_RECEIPT']._serialized_start=867
-  _globals['_RECEIPT']._serialized_end=894
+  _globals['_SHAREDSLOT']._serialized_start=248
+  _globals['_SHAREDSLOT']._serialized_end=302
+  _globals['_TENSORINFO']._serialized_start=305
+  _globals['_TENSORINFO']._serialized_end=537
+  _globals['_ABSENT']._serialized_start=539
+  _globals['_ABSENT']._serialized_end=547
+  _globals['_TENSORHEADER']._serialized_start=550
+  _globals['_TENSORHEADER']._serialized_end=792
+  _globals['_TENSORCHUNK']._serialized_start=794
+  _globals['_TENSORCHUNK']._serialized_end=890
+  _globals['_TENSORFRAME']._serialized_start=892
+  _globals['_TENSORFRAME']._serialized_end=1007
+  _globals['_RECEIPT']._serialized_start=1009
+  _globals['_RECEIPT']._serialized_end=1036
 # @@protoc_insertion_point(module_scope)

@@ -27,6 +27,9 @@ class Codec(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     CODEC_UNSPECIFIED: _ClassVar[Codec]
     CODEC_NONE: _ClassVar[Codec]
+    CODEC_BF16: _ClassVar[Codec]
+    CODEC_FP16: _ClassVar[Codec]
+    CODEC_INT8: _ClassVar[Codec]
 
 class Direction(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -54,6 +57,9 @@ DATA_TYPE_COMPLEX64: DataType
 DATA_TYPE_COMPLEX128: DataType
 CODEC_UNSPECIFIED: Codec
 CODEC_NONE: Codec
+CODEC_BF16: Codec
+CODEC_FP16: Codec
+CODEC_INT8: Codec
 DIRECTION_UNSPECIFIED: Direction
 DIRECTION_BATCH: Direction
 DIRECTION_FORWARD: Direction
@@ -84,21 +90,33 @@ class MessageKey(_message.Message):
     state: str
     def __init__(self, run: _Optional[str] = ..., generation: _Optional[int] = ..., entry: _Optional[int] = ..., micro_batch: _Optional[int] = ..., value: _Optional[str] = ..., direction: _Optional[_Union[Direction, str]] = ..., source_stage: _Optional[int] = ..., state: _Optional[str] = ...) -> None: ...
 
+class SharedSlot(_message.Message):
+    __slots__ = ("block", "slot", "use")
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    USE_FIELD_NUMBER: _ClassVar[int]
+    block: bytes
+    slot: int
+    use: int
+    def __init__(self, block: _Optional[bytes] = ..., slot: _Optional[int] = ..., use: _Optional[int] = ...) -> None: ...
+
 class TensorInfo(_message.Message):
-    __slots__ = ("data_type", "shape", "strides", "size_bytes", "codec", "requires_grad")
+    __slots__ = ("data_type", "shape", "strides", "size_bytes", "codec", "requires_grad", "shared")
     DATA_TYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     STRIDES_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
     REQUIRES_GRAD_FIELD_NUMBER: _ClassVar[int]
+    SHARED_FIELD_NUMBER: _ClassVar[int]
     data_type: DataType
     shape: _containers.RepeatedScalarFieldContainer[int]
     strides: _containers.RepeatedScalarFieldContainer[int]
     size_bytes: int
     codec: Codec
     requires_grad: bool
-    def __init__(self, data_type: _Optional[_Union[DataType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., strides: _Optional[_Iterable[int]] = ..., size_bytes: _Optional[int] = ..., codec: _Optional[_Union[Codec, str]] = ..., requires_grad: bool = ...) -> None: ...
+    shared: SharedSlot
+    def __init__(self, data_type: _Optional[_Union[DataType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., strides: _Optional[_Iterable[int]] = ..., size_bytes: _Optional[int] = ..., codec: _Optional[_Union[Codec, str]] = ..., requires_grad: bool = ..., shared: _Optional[_Union[SharedSlot, _Mapping]] = ...) -> None: ...
 
 class Absent(_message.Message):
     __slots__ = ()
@@ -123,14 +141,16 @@ class TensorHeader(_message.Message):
     def __init__(self, key: _Optional[_Union[MessageKey, _Mapping]] = ..., sequence: _Optional[int] = ..., tensor: _Optional[_Union[TensorInfo, _Mapping]] = ..., integer: _Optional[int] = ..., real: _Optional[float] = ..., boolean: bool = ..., absent: _Optional[_Union[Absent, _Mapping]] = ...) -> None: ...
 
 class TensorChunk(_message.Message):
-    __slots__ = ("offset", "padding", "data")
+    __slots__ = ("offset", "padding", "data", "checksum")
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     PADDING_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     offset: int
     padding: bytes
     data: bytes
-    def __init__(self, offset: _Optional[int] = ..., padding: _Optional[bytes] = ..., data: _Optional[bytes] = ...) -> None: ...
+    checksum: int
+    def __init__(self, offset: _Optional[int] = ..., padding: _Optional[bytes] = ..., data: _Optional[bytes] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class TensorFrame(_message.Message):
     __slots__ = ("header", "chunk")

@@ -1,0 +1,78 @@
+"""Which messages a run can get here, from whom, and how many of them the schedule lets lie untaken.
+
+Worked out once, when a run is prepared. Leaves keeping them to mailbox.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from gradwire_protocol.errors import FrameError
+from gradwire_protocol.v1 import stage_pb2
+from gradwire_protocol.v1 import tensors_pb2 as pb
+from gradwire_stage.keys import FROM_CLIENT, Key, Source
+
+CLIENT = "client"
+EXCHANGE = frozenset({pb.DIRECTION_TIED, pb.DIRECTION_NORM, pb.DIRECTION_WEIGHT})
+_BY_MICRO_BATCH = frozenset({pb.DIRECTION_BATCH, pb.DIRECTION_FORWARD, pb.DIRECTION_BACKWARD})
+
+
+def key_of(header: pb.TensorHeader) -> Key:
+    """Return the key of a message within its run."""
+    key = header.key
+    return Key(key.entry, key.micro_batch, key.value, key.direction, key.source_stage, key.state)
+
+
+def is_answered(header: pb.TensorHeader) -> bool:
+    """Whether a step cannot end without an answer to this message: a wanted gradient, or the next forward."""
+    return header.key.direction == pb.DIRECTION_BACKWARD or header.tensor.requires_grad
+
+
+class Arrivals:
+    """The messages of one run that a server can get. `server_of_stage`: of its own pipeline."""
+
+    def __init__(self, request: stage_pb2.PrepareRequest, server_of_stage: Mapping[int, str]) -> None:
+        self._server_of_stage = server_of_stage
+        self._last_stage = request.stages - 1
+        self._sources = _sources(request)
+        self.bounds = {
+            Source(bound.direction, bound.source_stage, bound.value): bound.messages for bound in request.bounds
+        }
+
+    def check(self, key: Key) -> None:
+        """Refuse what cannot be meant for this server. FrameError."""
+        if key.state and key.direction != pb.DIRECTION_STATE:
+            raise FrameError("Only state has names of the optimizer's values", expected="no state", got=str(key))
+        if key.direction not in FROM_CLIENT and (
+            key.direction == pb.DIRECTION_RESULT or key.source_stage not in self._server_of_stage
+        ):
+            raise FrameError(
+                "A message does not come from a stage of this run",
+                expected=f"stage 0 to {self._last_stage}, and no result",
+                got=str(key),
+            )
+        if key.direction in _BY_MICRO_BATCH and Source.of(key) not in self._sources:
+            raise FrameError("No stage here reads such a message", expected="a value of the segments", got=str(key))
+
+    def sender(self, key: Key) -> str:
+        """Return the server that a message comes from, or CLIENT."""
+        return CLIENT if key.direction in FROM_CLIENT else self._server_of_stage[key.source_stage]
+
+    def stream(self, key: Key) -> tuple[str, bool]:
+        """Return what tells the streams apart that messages come on."""
+        return self.sender(key), key.direction in EXCHANGE
+
+
+def _sources(request: stage_pb2.PrepareRequest) -> frozenset[Source]:
+    found = set()
+    for segment in request.segments:
+        for value in segment.incoming:
+            if value.from_batch:
+                found.add(Source(pb.DIRECTION_BATCH, 0, value.value))
+                continue
+            found.add(Source(pb.DIRECTION_FORWARD, value.producer_stage, value.value))
+            if value.HasField("gradient_from_stage"):
+                found.add(Source(pb.DIRECTION_BACKWARD, value.gradient_from_stage, value.value))
+        for made in segment.outgoing:
+            found.add(Source(pb.DIRECTION_BACKWARD, made.consumer_stages[0], made.value))
+    return frozenset(found)

@@ -1,0 +1,109 @@
+"""One `Deliver` stream of a stage server: frames in, receipts out.
+
+Has room reserved for each message before its payload is put together, and lets go what is to be dropped. Which run a
+message belongs to is the service's to say; what becomes of it, the run's.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from gradwire_protocol.errors import LimitExceeded
+from gradwire_protocol.frames import Admission, FrameAssembler
+from gradwire_protocol.v1 import tensors_pb2 as pb
+from gradwire_stage.mailbox import Inflow, Reservation
+from gradwire_stage.run_state import RunState
+
+
+class Intake:
+    """Takes the frames of one stream, on one thread. `find_run` gets each message's key; None: drop the message."""
+
+    def __init__(self, find_run: Callable[[pb.MessageKey], RunState | None], tensor_bytes: int) -> None:
+        self._find_run = find_run
+        self._assembler = FrameAssembler(tensor_bytes, self._admit, self._shared)
+        # The run that this stream brings messages for, what it has brought, and room for the message in progress.
+        self._run: RunState | None = None
+        self._inflow: Inflow | None = None
+        self._reservation: Reservation | None = None
+        self._addressed: RunState | None = None  # the run of the message in progress
+        self._ended = False
+
+    def feed(self, frame: bytes) -> int | None:
+        """Take one frame; return the number of the message that it completes, for its receipt. Waits for room."""
+        message = self._assembler.feed(frame)
+        run, reservation = self._run, self._reservation
+        if run is not None and reservation is not None:
+            run.note_frame(reservation.key.direction)
+            if message is not None:
+                self._reservation = None
+                if message.kept:
+                    run.accept(message, reservation)
+                else:  # the run has ended meanwhile
+                    run.mailbox.cancel(reservation)
+        return None if message is None else message.header.sequence
+
+    def finish(self) -> None:
+        """Refuse a stream that ends inside a message."""
+        self._assembler.finish()
+
+    def interrupt(self) -> None:
+        """End every wait of `feed`: the stream has ended. Any thread; idempotent."""
+        self._ended = True
+        run, inflow = self._run, self._inflow
+        if run is not None and inflow is not None:
+            run.mailbox.end(inflow)
+
+    def close(self) -> None:
+        """Give back what is reserved. On the thread of `feed`, after its last call."""
+        self._leave()
+
+    def _admit(self, header: pb.TensorHeader, size: int) -> Admission:
+        run = self._addressed = self._find_run(header.key)
+        if run is None:
+            return Admission.SKIP
+        inflow = self._inflow
+        if run is not self._run or inflow is None:
+            self._leave()
+            inflow = run.mailbox.open_stream()
+            self._run, self._inflow = run, inflow
+            if self._ended:  # `interrupt` may have come too early to see these
+                run.mailbox.end(inflow)
+        self._reservation = run.admit(header, size, inflow)
+        if self._reservation is None:
+            return Admission.SKIP
+        return Admission.KEEP_CHECKED if run.checksums else Admission.KEEP
+
+    def _shared(self, slot: pb.SharedSlot, size: int) -> memoryview | None:
+        """Return the payload of the message in progress, out of a block that this stream's sender has offered."""
+        return None if self._addressed is None else self._addressed.shared.payload(slot, size, self)
+
+    def _leave(self) -> None:
+        run, inflow, reservation = self._run, self._inflow, self._reservation
+        if run is not None and inflow is not None:
+            if reservation is not None:
+                run.mailbox.cancel(reservation)
+            run.mailbox.end(inflow)
+            run.shared.end(self)
+        self._run = self._inflow = self._reservation = None
+
+
+class StreamLimit:
+    """How many streams may be open at once. A context manager around each; LimitExceeded."""
+
+    def __init__(self, maximum: int) -> None:
+        self._maximum = maximum
+        self._lock = threading.Lock()
+        self._open = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._open >= self._maximum:
+                raise LimitExceeded(
+                    "Too many Deliver streams are open at this server", expected=f"{self._maximum} at most"
+                )
+            self._open += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._open -= 1

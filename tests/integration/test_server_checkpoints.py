@@ -1,0 +1,567 @@
+"""Checkpoints that stage servers write and read: the same format, on any layout, and no write holds training up."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+
+import gradwire
+from gradwire_protocol.checkpoint.reader import check
+from gradwire_protocol.errors import CheckpointError, FrameError, GradwireError, SettingsError, from_rpc_error
+from gradwire_protocol.v1 import coordinator_pb2, coordinator_pb2_grpc, run_pb2
+
+Batches = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+class Model(nn.Module):
+    """Tied weights, a frozen layer, buffers that change and that are not kept, dropout, a parameter nobody reads."""
+
+    def __init__(self, dropout: float = 0.3, width: int = 16) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(12, width)
+        self.first = nn.Linear(width, width, bias=False)
+        self.norm = nn.BatchNorm1d(width)
+        self.dropout = nn.Dropout(dropout)
+        self.frozen = nn.Linear(width, width).requires_grad_(False)
+        self.second = nn.Linear(width, width)
+        self.head = nn.Linear(width, 12, bias=False)
+        self.head.weight = self.embedding.weight
+        self.unused = nn.Linear(2, 2)
+        self.register_buffer("scale", torch.full((width,), 1.5), persistent=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = self.dropout(torch.tanh(self.norm(self.first(self.embedding(tokens) * self.scale))))
+        hidden = hidden + self.frozen(hidden)
+        output: torch.Tensor = self.head(hidden + self.dropout(torch.tanh(self.second(hidden))))
+        return output
+
+
+def make_model(seed: int = 0, **changes: Any) -> Model:
+    torch.manual_seed(seed)
+    return Model(**changes).double()
+
+
+def make_batches(count: int) -> Batches:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randint(12, (8,), generator=generator), torch.randint(12, (8,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed = [parameter for parameter in trained if parameter.dim() > 1]
+    others = [parameter for parameter in trained if parameter.dim() == 1]
+    return torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=0.05)
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05)
+
+
+def asgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.ASGD(model.parameters(), lr=0.05)
+
+
+def make_trainer(
+    cluster: gradwire.Cluster,
+    model: nn.Module,
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer] = adamw,
+    *,
+    stages: int = 2,
+    **changes: Any,
+) -> gradwire.Trainer:
+    arguments: dict[str, Any] = {"seed": 3, "max_grad_norm": 1.0} | changes
+    return cluster.trainer(
+        model,
+        optimizer(model),
+        loss=F.cross_entropy,
+        example=make_batches(1)[0],
+        plan=gradwire.Plan(stages=stages, microbatches=2),
+        **arguments,
+    )
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def cluster(root: Path) -> Iterator[gradwire.LocalCluster]:
+    with gradwire.local(stage_servers=4, threads=1, checkpoint_root=root) as cluster:
+        yield cluster
+
+
+@pytest.mark.parametrize("make_optimizer", [adamw, sgd, asgd])
+def test_a_resumed_run_is_the_one_that_was_not_interrupted(
+    cluster: gradwire.LocalCluster, root: Path, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+) -> None:
+    batches = make_batches(9)
+    name = f"deep/{make_optimizer.__name__}"
+    losses, saving = [], None
+    with make_trainer(cluster, make_model(), make_optimizer) as trainer:
+        for result in trainer.run(batches):
+            losses.append(result.loss)
+            if result.step == 3:
+                saving = trainer.save(name, data_position={"epoch": 2}, wait=False, storage="server")
+        expected = trainer.state_dict()
+    assert saving is not None
+    assert saving.wait()
+    step = saving.step
+    manifest = check(root / name)
+    assert manifest.step == step
+    assert "model-00001-of-00002.safetensors" in manifest.files
+    for stages, storage, place in (
+        (2, "server", name),
+        (3, "server", name),
+        (1, "server", name),
+        (1, "client", root / name),
+    ):
+        model = make_model(seed=9)
+        with make_trainer(cluster, model, make_optimizer, stages=stages) as trainer:
+            assert trainer.load(place, storage=storage) == {"epoch": 2}
+            results = list(trainer.run(batches[step:]))
+            state = trainer.state_dict()
+        exact = stages == 2
+        assert [result.step for result in results] == list(range(step + 1, 10))
+        assert [result.loss for result in results] == pytest.approx(losses[step:], rel=0 if exact else 1e-10)
+        assert state.keys() == expected.keys()
+        for key, tensor in expected.items():
+            tolerance = 0.0 if exact else 1e-10
+            torch.testing.assert_close(state[key], tensor, rtol=tolerance, atol=tolerance)
+
+
+def read_plainly(folder: Path, kind: str) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = {}
+    for file in folder.glob(f"{kind}*.safetensors"):
+        state |= load_file(file)
+    return state
+
+
+def test_the_files_are_those_that_the_client_writes(cluster: gradwire.LocalCluster, root: Path, tmp_path: Path) -> None:
+    for stages in (1, 3):
+        with make_trainer(cluster, make_model(), stages=stages) as trainer:
+            list(trainer.run(make_batches(2)))
+            trainer.save(tmp_path / str(stages), data_position={"batch": 7})
+            trainer.save(f"same/{stages}", data_position={"batch": 7}, storage="server")
+        by_client, by_servers = check(tmp_path / str(stages)), check(root / "same" / str(stages))
+        if stages == 1:
+            assert by_servers == by_client  # every hash included
+        assert by_servers.model_copy(update={"files": {}}) == by_client.model_copy(update={"files": {}})
+        for kind in ("model", "optimizer"):
+            ours, theirs = (read_plainly(path, kind) for path in (root / f"same/{stages}", tmp_path / str(stages)))
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    # As Hugging Face's libraries find the tensors of several files.
+    folder = root / "same" / "3"
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["head.weight"] == "embedding.weight"
+    assert index["weight_map"].keys() == read_plainly(folder, "model").keys()
+    for name, file in index["weight_map"].items():
+        assert name in load_file(folder / file)
+    state = read_plainly(folder, "model")
+    state |= {name: state[other] for name, other in by_servers.tied.items()}
+    make_model(seed=9).load_state_dict(state)
+
+
+def test_tensors_of_a_loss_are_no_part_of_it(cluster: gradwire.LocalCluster, root: Path) -> None:
+    model = make_model()
+    loss = nn.CrossEntropyLoss(weight=torch.linspace(0.5, 1.5, 12, dtype=torch.float64))
+    arguments: dict[str, Any] = {"loss": loss, "example": make_batches(1)[0], "seed": 3}
+    batches = make_batches(4)
+    with cluster.trainer(model, adamw(model), plan=gradwire.Plan(stages=2), **arguments) as trainer:
+        list(trainer.run(batches[:2]))
+        trainer.save("loss", storage="server")
+        expected = [result.loss for result in trainer.run(batches[2:])]
+        assert (
+            read_plainly(root / "loss", "model").keys() | check(root / "loss").tied.keys() == model.state_dict().keys()
+        )
+        trainer.load("loss", storage="server")
+        assert [result.loss for result in trainer.run(batches[2:])] == expected
+
+
+class Large(nn.Module):
+    """Steps that take milliseconds, and a state of 200 MB."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 8)
+        self.register_buffer("large", torch.ones(6_250_000, 8))
+        self.second = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.second(torch.tanh(self.first(x)) * self.large[:1])
+        return output
+
+
+def large_trainer(cluster: gradwire.Cluster) -> gradwire.Trainer:
+    torch.manual_seed(0)
+    model = Large()
+    return cluster.trainer(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        loss=F.mse_loss,
+        example=LARGE_BATCH,
+        plan=gradwire.Plan(stages=2, microbatches=1),
+    )
+
+
+LARGE_BATCH = (torch.ones(4, 4), torch.zeros(4, 4))
+
+
+def wait_until_written_to(root: Path) -> None:
+    """Wait until a file of many megabytes has begun."""
+    while not any(path.stat().st_size > 2**20 for path in root.rglob("*.unfinished")):
+        time.sleep(0.001)
+
+
+def test_steps_go_on_while_files_are_written(cluster: gradwire.LocalCluster, root: Path) -> None:
+    with large_trainer(cluster) as trainer:
+        for _ in range(3):
+            trainer.step(*LARGE_BATCH)
+        saving = trainer.save("large", wait=False, storage="server")
+        steps = 0
+        while not saving.done:
+            trainer.step(*LARGE_BATCH)
+            steps += bool(not saving.done)
+        saving.wait()
+        assert steps >= 5
+        assert check(root / "large").step == saving.step == 3
+        assert trainer.step(*LARGE_BATCH).step >= 3 + steps
+    shutil.rmtree(root / "large")
+
+
+def test_a_server_killed_while_it_writes_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    with gradwire.local(stage_servers=3, checkpoint_root=tmp_path) as cluster:
+        with large_trainer(cluster) as trainer:
+            trainer.step(*LARGE_BATCH)
+            trainer.save("a", storage="server")
+        before = check(tmp_path / "a")
+        trainer = large_trainer(cluster)
+        trainer.load("a", storage="server")
+        trainer.step(*LARGE_BATCH)
+        saving = trainer.save("a", wait=False, storage="server")
+        wait_until_written_to(tmp_path)
+        os.kill(next(pid for pid in cluster.process_ids[1:] if writes_below(pid, tmp_path)), signal.SIGKILL)
+        with pytest.raises(gradwire.StageFailed):
+            saving.wait()
+        with pytest.raises(gradwire.StageFailed):
+            trainer.step(*LARGE_BATCH)
+        trainer.close()
+        assert check(tmp_path / "a") == before
+        with large_trainer(cluster) as other:
+            other.load("a", storage="server")
+            assert other.step(*LARGE_BATCH).step == 2
+            other.save("a", storage="server")
+        assert check(tmp_path / "a").step == 2
+        assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_a_killed_coordinator_leaves_goes_with_the_next_save(tmp_path: Path) -> None:
+    with gradwire.local(stage_servers=2, checkpoint_root=tmp_path) as cluster:
+        trainer = large_trainer(cluster)
+        saving = trainer.save("a", wait=False, storage="server")
+        wait_until_written_to(tmp_path)
+        os.kill(cluster.process_ids[0], signal.SIGKILL)
+        with pytest.raises(gradwire.GradwireError):
+            saving.wait()
+        trainer.close()
+    assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
+    with gradwire.local(stage_servers=2, checkpoint_root=tmp_path) as cluster, large_trainer(cluster) as trainer:
+        trainer.save("a", storage="server")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert check(tmp_path / "a").step == 0
+
+
+def writes_below(pid: int, folder: Path) -> bool:
+    return any(Path(file.path).is_relative_to(folder) for file in psutil.Process(pid).open_files())
+
+
+@pytest.fixture(scope="module")
+def trainer(cluster: gradwire.LocalCluster) -> Iterator[gradwire.Trainer]:
+    with make_trainer(cluster, make_model()) as trainer:
+        list(trainer.run(make_batches(2)))
+        yield trainer
+
+
+@pytest.fixture(scope="module")
+def good(trainer: gradwire.Trainer, root: Path) -> Path:
+    trainer.save("good/a", storage="server")
+    return root / "good" / "a"
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) * 3 // 4] ^= 1
+    path.write_bytes(content)
+
+
+def pickled(path: Path) -> None:
+    path.write_bytes(pickle.dumps({"weights": [1.0] * 100}))
+
+
+FILES = (
+    "model-00001-of-00002.safetensors",
+    "model-00002-of-00002.safetensors",
+    "model.safetensors.index.json",
+    "optimizer-00001-of-00002.safetensors",
+    "optimizer-00002-of-00002.safetensors",
+    "manifest.json",
+)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, pickled, Path.unlink])
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_that_is_not_whole_is_named_and_refused(
+    trainer: gradwire.Trainer, good: Path, root: Path, file: str, damage: Callable[[Path], None]
+) -> None:
+    bad = root / "bad"
+    shutil.rmtree(bad, ignore_errors=True)
+    shutil.copytree(good, bad)
+    damage(bad / file)
+    with pytest.raises(CheckpointError, match=re.escape(str(bad / file))):
+        trainer.load("bad", storage="server")
+    # Neither the run nor the good one has suffered.
+    trainer.load("good/a", storage="server")
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "innocent.txt"])
+def test_a_planted_pickle_is_refused(trainer: gradwire.Trainer, good: Path, root: Path, name: str) -> None:
+    bad = root / "planted"
+    shutil.rmtree(bad, ignore_errors=True)
+    shutil.copytree(good, bad)
+    (bad / name).write_bytes(pickle.dumps(print))
+    with pytest.raises(CheckpointError, match=f"{name} is refused.*pickle"):
+        trainer.load("planted", storage="server")
+
+
+def test_what_does_not_fit_is_refused_before_anything_changes(
+    cluster: gradwire.LocalCluster, trainer: gradwire.Trainer, good: Path
+) -> None:
+    with make_trainer(cluster, make_model(width=8), stages=1) as other:
+        before = other.state_dict()
+        with pytest.raises(CheckpointError, match=r"another model.*embedding.weight: \[12, 8\]"):
+            other.load("good/a", storage="server")
+        with pytest.raises(CheckpointError, match="no checkpoint at"):
+            other.load("good/b", storage="server")
+        assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+        other.step(*make_batches(1)[0])
+    with make_trainer(cluster, make_model(), seed=4, stages=1) as other:
+        with pytest.raises(CheckpointError, match="another seed"):
+            other.load("good/a", storage="server")
+        other.step(*make_batches(1)[0])
+
+
+@pytest.mark.parametrize("path", ["", ".", "..", "../a", "good/../../a", "/tmp/a"])
+def test_paths_out_of_the_root_are_refused(
+    trainer: gradwire.Trainer, cluster: gradwire.LocalCluster, path: str
+) -> None:
+    with pytest.raises(SettingsError):
+        trainer.save(path, storage="server")
+    with pytest.raises(SettingsError):
+        trainer.load(path, storage="server")
+    stub = coordinator_pb2_grpc.CoordinatorServiceStub(cluster.channel)
+    requests = {
+        "BeginSave": coordinator_pb2.BeginSaveRequest(run=trainer.run_id, directory=path, manifest=MANIFEST),
+        "InspectCheckpoint": coordinator_pb2.InspectCheckpointRequest(directory=path),
+    }
+    for method, request in requests.items():
+        with pytest.raises(grpc.RpcError) as caught:
+            getattr(stub, method)(request)
+        assert isinstance(from_rpc_error(caught.value), SettingsError)
+    assert trainer.step(*make_batches(1)[0]).loss > 0
+
+
+MANIFEST = json.dumps({"versions": {}, "step": 2, "seed": 3, "optimizer": {"name": "AdamW", "groups": []}, "files": {}})
+
+
+def test_links_out_of_the_root_are_refused(trainer: gradwire.Trainer, good: Path, root: Path, tmp_path: Path) -> None:
+    shutil.copytree(good, tmp_path / "a")
+    (root / "link").symlink_to(tmp_path)
+    for call in (trainer.save, trainer.load):
+        with pytest.raises(SettingsError, match="leads out of its root directory through a link"):
+            call("link/a", storage="server")  # type: ignore[operator]
+    linked = root / "linked"
+    shutil.copytree(good, linked)
+    (linked / FILES[0]).unlink()
+    (linked / FILES[0]).symlink_to(tmp_path / "a" / FILES[0])
+    with pytest.raises(SettingsError, match="leads out of its root directory through a link"):
+        trainer.load("linked", storage="server")
+    assert trainer.step(*make_batches(1)[0]).loss > 0
+
+
+def test_a_save_that_was_not_announced_ends_its_run_only(cluster: gradwire.LocalCluster, root: Path) -> None:
+    with make_trainer(cluster, make_model(), stages=1) as trainer:
+        session = trainer._session
+        save = run_pb2.SaveState(directory="../a", token="t")
+        future, outcome = session.submit_save(run_pb2.Entry(number=session.reserve(), save_state=save))
+        for waited in (future, outcome):
+            with pytest.raises(SettingsError, match="not a relative path"):
+                waited.result(10)
+    with make_trainer(cluster, make_model(), stages=1) as trainer:
+        session = trainer._session
+        stub = coordinator_pb2_grpc.CoordinatorServiceStub(cluster.channel)
+        request = coordinator_pb2.BeginSaveRequest(run=trainer.run_id, directory="announced", manifest=MANIFEST)
+        token = stub.BeginSave(request).token
+        save = run_pb2.SaveState(directory="other", token=token)
+        future, _ = session.submit_save(run_pb2.Entry(number=session.reserve(), save_state=save))
+        with pytest.raises(FrameError, match="was not announced"):
+            future.result(10)
+    assert not list(root.glob(".*"))
+
+
+def test_what_cannot_be_saved(trainer: gradwire.Trainer, root: Path) -> None:
+    (root / "precious").mkdir()
+    (root / "precious" / "file").write_text("")
+    with pytest.raises(CheckpointError, match="not written over"):
+        trainer.save("precious", storage="server")
+    with pytest.raises(CheckpointError, match=r"file/a could not be written by the coordinator.*File exists"):
+        trainer.save("precious/file/a", storage="server")
+    with pytest.raises(SettingsError, match="storage is not valid"):
+        trainer.save("a", storage="disk")  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match="JSON"):
+        trainer.save("a", data_position={"loader": object()}, storage="server")
+    assert trainer.step(*make_batches(1)[0]).loss > 0
+    assert not list(root.glob(".*"))
+
+
+@pytest.fixture
+def small_disk(root: Path) -> Iterator[Path]:
+    disk = root / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"cannot mount a tmpfs: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_the_run(trainer: gradwire.Trainer, small_disk: Path) -> None:
+    trainer.save("disk/a", storage="server")
+    before = check(small_disk / "a")
+    free = shutil.disk_usage(small_disk).free
+    (small_disk / "filler").write_bytes(bytes(max(0, free - 12_000)))
+    trainer.step(*make_batches(1)[0])
+    for name in ("disk/a", "disk/b"):
+        with pytest.raises(
+            CheckpointError, match=r"could not be written by stage \d \(server .*No space left on device"
+        ):
+            trainer.save(name, storage="server")
+    assert check(small_disk / "a") == before
+    assert sorted(path.name for path in small_disk.iterdir()) == ["a", "filler"]
+    saving = trainer.save("disk/a", wait=False, storage="server")
+    saving.settle()
+    with pytest.warns(gradwire.CheckpointWarning, match=r"No space left.*Training goes on"):
+        trainer.step(*make_batches(1)[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # told once
+        trainer.step(*make_batches(1)[0])
+    (small_disk / "filler").unlink()
+    trainer.save("disk/a", storage="server")
+    assert check(small_disk / "a").step == before.step + 3
+
+
+@contextmanager
+def stage_server(cluster: gradwire.LocalCluster, *flags: str) -> Iterator[None]:
+    """Another stage server for a cluster, started with other flags."""
+    before = len(cluster.status().servers)
+    command = [sys.executable, "-m", "gradwire_stage", "--coordinator", cluster.address, *flags]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            while len(cluster.status().servers) == before:
+                assert process.poll() is None
+                time.sleep(0.05)
+            yield
+        finally:
+            process.terminate()
+
+
+def test_roots_that_are_not_one_are_found_out(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    ours.mkdir()
+    theirs.mkdir()
+    batches = make_batches(3)
+    with gradwire.local(stage_servers=1, checkpoint_root=ours) as cluster:
+        with make_trainer(cluster, make_model(), stages=1) as trainer:
+            trainer.save("a", storage="server")
+        for flags, words in (
+            (("--checkpoint-root", str(theirs)), "does not see the directory that the coordinator has made"),
+            ((), "has no directory of checkpoints"),
+        ):
+            with stage_server(cluster, *flags), make_trainer(cluster, make_model()) as trainer:
+                with pytest.raises(CheckpointError, match=rf"by stage 1 \(server .*{words}"):
+                    trainer.save("a", storage="server")
+                trainer.step(*batches[0])
+                assert check(ours / "a").step == 0
+                # That one fails where it is read, and ends the run: the coordinator sees a checkpoint that is whole.
+                with pytest.raises(
+                    GradwireError, match=r"Stage 1 failed.*(no checkpoint at|no directory of checkpoints)"
+                ):
+                    trainer.load("a", storage="server")
+    assert [path.name for path in ours.iterdir()] == ["a"]
+    assert list(theirs.iterdir()) == []
+
+
+def test_without_a_root_it_is_refused_and_the_run_goes_on(tmp_path: Path) -> None:
+    with gradwire.local(stage_servers=1) as cluster, make_trainer(cluster, make_model(), stages=1) as trainer:
+        for call in (trainer.save, trainer.load):
+            with pytest.raises(
+                SettingsError, match=r"The coordinator has no directory of checkpoints.*--checkpoint-root"
+            ):
+                call("a", storage="server")  # type: ignore[operator]
+        trainer.step(*make_batches(1)[0])
+        trainer.save(tmp_path / "a")
+    with pytest.raises(SettingsError, match="checkpoint_root is not valid"):
+        gradwire.local(checkpoint_root=tmp_path / "nowhere")
+
+
+def test_leaving_a_trainer_finishes_what_is_being_written(cluster: gradwire.LocalCluster, root: Path) -> None:
+    with make_trainer(cluster, make_model()) as trainer:
+        trainer.step(*make_batches(1)[0])
+        saving = trainer.save("left", wait=False, storage="server")
+    assert saving.done
+    assert check(root / "left").step == 1
+    # A client that closes its stream without waiting: the coordinator does.
+    with make_trainer(cluster, make_model()) as trainer:
+        trainer.save("drained", wait=False, storage="server")
+        trainer._session._drive.close(30)
+        assert check(root / "drained").step == 0
+
+
+def test_checkpoints_go_back_and_forth(cluster: gradwire.LocalCluster, root: Path) -> None:
+    batches = make_batches(4)
+    with make_trainer(cluster, make_model()) as trainer:
+        trainer.save("begin", storage="server")
+        losses = [result.loss for result in trainer.run(batches)]
+        savings = [trainer.save(f"end/{index}", wait=False, storage="server") for index in range(3)]
+        trainer.load("begin", storage="server")
+        assert all(saving.wait() for saving in savings)
+        assert [result.loss for result in trainer.run(batches)] == losses
+        trainer.save("again", storage="server")
+    assert check(root / "again").files == check(root / "end/0").files == check(root / "end/2").files

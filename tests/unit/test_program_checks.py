@@ -1,0 +1,63 @@
+"""Programs that miss, repeat or disorder something are refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from gradwire_protocol.errors import PlanError
+from gradwire_protocol.program import parse_program
+from gradwire_stage.program_checks import check_program
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "0F0 0F1 0B0 0B1 UPDATE",
+        "0F0 0B0 0F1 0B1 REDUCE UPDATE",
+        "0F0 0F1 0I0 0I1 0W1 0W0 NORM UPDATE",
+        "0F0 0I0 0W0 0F1 0B1 REDUCE NORM UPDATE",
+    ],
+)
+def test_programs_of_steps(program: str) -> None:
+    check_program(parse_program(program), [0], [0, 1], train=True)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "",
+        "UPDATE",
+        "0F0 0F1 0B0 0B1",
+        "0F0 0F1 0B0 UPDATE",
+        "0F0 0F1 UPDATE",
+        "0F0 0F1 0B0 0B1 0B1 UPDATE",
+        "0F0 0F1 0F1 0B0 0B1 UPDATE",
+        "0F0 0F1 0F2 0B0 0B1 0B2 UPDATE",
+        "0F0 0F1 1F1 0B0 0B1 1B1 UPDATE",
+        "0F0 0B1 0F1 0B0 UPDATE",
+        "0F0 0F1 0I0 0I1 0W0 UPDATE",
+        "0F0 0F1 0W0 0I0 0I1 0W1 UPDATE",
+        "0I0 0F0 0F1 0W0 0I1 0W1 UPDATE",
+        "0F0 0F1 0I0 0I0 0I1 0W0 0W1 UPDATE",
+        "0F0 0F1 0I0 0I1 0W0 0W0 0W1 UPDATE",
+        "0F0 0F1 0I0 0B0 0W0 0B1 UPDATE",
+        "0F0 0F1 0I0 0I1 0W0 UPDATE 0W1",
+        "0F0 0F1 0I0 0I1 0W0 REDUCE 0W1 UPDATE",
+        "0F0 0F1 0I0 0I1 0W0 NORM 0W1 UPDATE",
+        "0F0 0F1 0B0 UPDATE 0B1",
+        "0F0 0F1 0B0 0B1 NORM REDUCE UPDATE",
+        "0F0 0F1 0B0 0B1 UPDATE UPDATE",
+    ],
+)
+def test_wrong_programs_of_steps(program: str) -> None:
+    with pytest.raises(PlanError, match="does not do what its entry needs") as caught:
+        check_program(parse_program(program), [0], [0, 1], train=True)
+    assert "each of 2 micro-batches F, then B, or I and later W" in str(caught.value)
+
+
+def test_programs_that_only_go_forward() -> None:
+    check_program(parse_program("0F0 2F0 0F1 2F1"), [0, 2], [0, 1], train=False)
+    check_program([], [], [0, 1], train=False)  # no segment here
+    for wrong in ("0F0 2F0 0F1", "0F0 2F0 0F1 2F1 0B0", "0F0 2F0 0F1 2F1 UPDATE", "0F0 2F0 0F1 2F1 0I0 0W0"):
+        with pytest.raises(PlanError, match="F only"):
+            check_program(parse_program(wrong), [0, 2], [0, 1], train=False)
