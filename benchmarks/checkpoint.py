@@ -1,7 +1,8 @@
 """What a checkpoint of 100 MB of weights costs a run that trains on: ten steps with one beside ten without.
 
 Rounds with and without a checkpoint take turns; the stall is between the medians. The optimizer's state (AdamW: twice
-the weights again) is in the checkpoint, and so are hashing and syncing all of it, in this process, on the same cores.
+the weights again) is in the checkpoint, and so are hashing and syncing all of it, in this process or in the stage
+servers (--storage), on the same cores.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 
 import gradwire
+from gradwire.checkpoint.run import Storage
 from gradwire.job.gpt import GPT, Shape, next_byte_loss
 from report import Claim, add_arguments, finish
 
@@ -30,14 +32,16 @@ def make_batch(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def timed_round(trainer: gradwire.Trainer, batch: tuple[torch.Tensor, torch.Tensor], path: Path | None) -> list[float]:
+def timed_round(
+    trainer: gradwire.Trainer, batch: tuple[torch.Tensor, torch.Tensor], path: Path | None, storage: Storage
+) -> list[float]:
     """Return the seconds of ten steps; with a checkpoint, of its dispatch and of its writing, too."""
     times = []
     began = time.perf_counter()
     saving = None
     for result in trainer.run([batch] * STEPS_A_ROUND, progress=False):
         if path is not None and saving is None and result.step:
-            saving = trainer.save(path, wait=False)
+            saving = trainer.save(path, wait=False, storage=storage)
             times.append(time.perf_counter() - began)
     times.insert(0, time.perf_counter() - began)
     if saving is not None:
@@ -53,6 +57,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="with a checkpoint, and as many without")
     parser.add_argument("--rows", type=int, default=8, help="rows a step")
     parser.add_argument("--directory", type=Path, help="where to write [default: a temporary directory]")
+    parser.add_argument("--storage", choices=("client", "server"), default="client", help="who writes the files")
     add_arguments(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -61,10 +66,12 @@ def main() -> None:
     model = GPT(SHAPE)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     directory = Path(tempfile.mkdtemp(dir=arguments.directory, prefix="gradwire-checkpoint-"))
+    # Servers take paths as seen from the directory that they are started with.
+    place = Path() if arguments.storage == "server" else directory
     seconds: dict[str, list[float]] = {"without": [], "with": []}
     try:
         with (
-            gradwire.local(stage_servers=2, threads=1) as cluster,
+            gradwire.local(stage_servers=2, threads=1, checkpoint_root=directory) as cluster,
             cluster.trainer(
                 model,
                 torch.optim.AdamW(model.parameters(), lr=1e-4),
@@ -75,14 +82,14 @@ def main() -> None:
         ):
             del model
             trainer.step(*batch)
-            timed_round(trainer, batch, directory / "warm-up")
+            timed_round(trainer, batch, place / "warm-up", arguments.storage)
             for number in range(arguments.rounds):
                 # In turns, and each first as often as the other.
                 for kind in ("without", "with") if number % 2 else ("with", "without"):
-                    path = directory / str(number) if kind == "with" else None
-                    seconds[kind].append(timed_round(trainer, batch, path)[0])
+                    path = place / str(number) if kind == "with" else None
+                    seconds[kind].append(timed_round(trainer, batch, path, arguments.storage)[0])
             began = time.perf_counter()
-            trainer.save(directory / "alone")
+            trainer.save(place / "alone", storage=arguments.storage)
             alone = time.perf_counter() - began
         size = sum(file.stat().st_size for file in (directory / "alone").iterdir())
     finally:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
@@ -49,15 +49,30 @@ def make_model() -> GPT:
 
 
 class Peer:
-    """The processes of one peer. Leaving the `with` block ends them."""
+    """The processes of one peer. Leaving the `with` block ends them.
 
-    def __init__(self, name: str) -> None:
+    They run `script NAME RANK RENDEZVOUS`: this file, unless the peer is another benchmark's. inside: for each rank the
+    words that its command is begun with, such as those that enter a network namespace.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        processes: int | None = None,
+        script: str = __file__,
+        inside: Sequence[Sequence[str]] = (),
+    ) -> None:
         self.name = name
         self._folder = tempfile.TemporaryDirectory()
-        processes, _, _ = PEERS[name]
+        if processes is None:
+            processes, _, _ = PEERS[name]
         self._processes = [
             subprocess.Popen(
-                [sys.executable, __file__, name, str(rank), f"file://{self._folder.name}/rendezvous"],
+                [
+                    *(inside[rank] if inside else ()),
+                    *(sys.executable, script, name, str(rank), f"file://{self._folder.name}/rendezvous"),
+                ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -67,18 +82,22 @@ class Peer:
 
     def run(self, steps: int) -> float:
         """Run steps in all processes and return the seconds that the slowest took."""
+        return max(map(float, self.ask(steps)))
+
+    def ask(self, steps: int) -> list[str]:
+        """Run steps in all processes and return their answers, by rank."""
         for process in self._processes:
             assert process.stdin is not None
             process.stdin.write(f"{steps}\n")
             process.stdin.flush()
-        seconds = []
+        answers = []
         for process in self._processes:
             assert process.stdout is not None
             line = process.stdout.readline()
             if not line:
                 raise RuntimeError(f"{self.name!r} ended with {process.wait()}")
-            seconds.append(float(line))
-        return max(seconds)
+            answers.append(line)
+        return answers
 
     def __enter__(self) -> Self:
         return self

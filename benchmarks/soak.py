@@ -1,0 +1,155 @@
+"""A day's messages in minutes: does anything grow? Many small ones first, then large ones, through two stage servers.
+
+Resident memory, threads and file descriptors of every process, this one included, are read between steps, when nothing
+is on its way. Growth is what a process has at the end over the most that it had in the first fifth of its steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import nn
+
+import gradwire
+from report import Claim, add_arguments, finish
+
+SMALL_MICRO_BATCHES = 32
+LARGE_MICRO_BATCHES = 8
+SAMPLES = 50
+# What an allocator may keep or give back between two looks, whatever the number of messages.
+NOISE_BYTES = 16 * 2**20
+# Workers that a thread pool starts when two calls happen to come at once; a leak shows by the thousand.
+POOL_THREADS = 4
+
+
+class Wide(nn.Module):
+    """Few weights and a boundary of `width` values a row."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, width, bias=False)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = self.first(x)  # (rows, width)
+        return (wide * self.scale).mean(dim=1)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one process has at one moment."""
+
+    resident_bytes: int
+    threads: int
+    descriptors: int
+
+
+def held(process: psutil.Process) -> Held:
+    with process.oneshot():
+        return Held(process.memory_info().rss, process.num_threads(), process.num_fds())
+
+
+def messages_between_servers(cluster: gradwire.LocalCluster) -> int:
+    """Read from the servers' own metrics how many messages their peers have receipted."""
+    total = 0.0
+    for server in cluster.status().servers:
+        with urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=10) as answer:
+            text = answer.read().decode()
+        total += sum(float(value) for value in re.findall(r"^gradwire_transfer_seconds_count\{.*\} (\S+)$", text, re.M))
+    return int(total)
+
+
+def steps(trainer: gradwire.Trainer, rows: int, count: int, processes: list[psutil.Process]) -> Iterator[list[Held]]:
+    """Run `count` steps; yield what the processes hold, SAMPLES times."""
+    x, y = torch.randn(rows, 4), torch.randn(rows)
+    every = max(1, count // SAMPLES)
+    left = count
+    while left > 0:
+        now = min(every, left)
+        for _ in trainer.run([(x, y)] * now, progress=False):
+            pass
+        left -= now
+        yield [held(process) for process in processes]
+
+
+def soak(
+    cluster: gradwire.LocalCluster, kind: str, *, width: int, rows: int, micro_batches: int, messages: int
+) -> tuple[list[dict[str, object]], list[Claim]]:
+    """Send at least `messages` in training steps; return rows and claims."""
+    torch.manual_seed(0)
+    model = Wide(width)
+    processes = [psutil.Process(process) for process in (os.getpid(), *cluster.process_ids)]
+    names = ["client", "coordinator", *(f"stage {index}" for index in range(len(processes) - 2))]
+    with cluster.trainer(
+        model,
+        torch.optim.SGD(model.parameters(), lr=1e-3),
+        loss=nn.functional.mse_loss,
+        example=(torch.randn(rows, 4), torch.randn(rows)),
+        plan=gradwire.Plan(stages=2, microbatches=micro_batches),
+    ) as trainer:
+        # Each micro-batch: its boundary forward and back; small ones also count the client's input and target.
+        a_step = micro_batches * (4 if kind == "small" else 2)
+        count = -(-messages // a_step)
+        began = time.perf_counter()
+        samples = list(steps(trainer, rows, count, processes))
+        seconds = time.perf_counter() - began
+        between = messages_between_servers(cluster)
+    sent = between + (2 * micro_batches * count if kind == "small" else 0)
+    early = samples[: max(1, len(samples) // 5)]
+    rows_out: list[dict[str, object]] = []
+    claims = [Claim.at_least(f"{kind} messages", sent, messages)]
+    for index, name in enumerate(names):
+        first = [sample[index] for sample in early]
+        last = samples[-1][index]
+        growth = last.resident_bytes - max(sample.resident_bytes for sample in first)
+        threads = last.threads - max(sample.threads for sample in first)
+        descriptors = last.descriptors - max(sample.descriptors for sample in first)
+        rows_out.append(
+            {
+                "messages": f"{sent:,} {kind}",
+                "process": name,
+                "steps": count,
+                "seconds": seconds,
+                "resident MiB": last.resident_bytes / 2**20,
+                "growth MiB": growth / 2**20,
+                "threads": last.threads,
+                "more": threads,
+                "descriptors": last.descriptors,
+                "more ": descriptors,
+            }
+        )
+        claims += [
+            Claim.below(f"resident memory flat: growth of {name}, MiB ({kind})", growth / 2**20, NOISE_BYTES / 2**20),
+            Claim.below(f"no thread growth: {name} ({kind})", threads, POOL_THREADS),
+            Claim.below(f"no file descriptor growth: {name} ({kind})", descriptors, 1),
+        ]
+    return rows_out, claims
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--small", type=int, default=10**6, help="small messages, of a few hundred bytes")
+    parser.add_argument("--large", type=int, default=10**3, help="large messages, of 16 MiB")
+    add_arguments(parser)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with gradwire.local(stage_servers=2, threads=1) as cluster:
+        rows, claims = soak(
+            cluster, "small", width=64, rows=32, micro_batches=SMALL_MICRO_BATCHES, messages=arguments.small
+        )
+        more_rows, more_claims = soak(
+            cluster, "large", width=2**16, rows=512, micro_batches=LARGE_MICRO_BATCHES, messages=arguments.large
+        )
+    finish("Soak: what grows", rows + more_rows, claims + more_claims, arguments)
+
+
+if __name__ == "__main__":
+    main()
