@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROTOS := $(wildcard protos/gradwire_protocol/v1/*.proto)
 
-.PHONY: train test lint protos bench examples clean help
+.PHONY: train test lint protos bench examples fuzz soak clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,8 @@ help:
 	@echo "make lint    ruff, mypy, buf, generated stubs"
 	@echo "make examples  run every example in full, beside its single-process script"
 	@echo "make bench   run the benchmarks and check their claims"
+	@echo "make fuzz    fuzz the frame decoder for FUZZ_SECONDS (300)"
+	@echo "make soak    a day's messages in minutes: does anything grow?"
 	@echo "make protos  regenerate the stubs from the .proto files"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -46,6 +48,16 @@ protos: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/pipeline.py --check
 	$(BIN)/python benchmarks/checkpoint.py --rounds 3 --check
+
+# Findings are written to the working directory as crash-*.
+FUZZ_SECONDS ?= 300
+fuzz: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python tests/fuzz/frame_decoder.py -max_total_time=$(FUZZ_SECONDS)
+
+SOAK ?=
+soak: $(STAMP)
+	$(BIN)/python benchmarks/soak.py --check $(SOAK)
 
 # Sorted, so that each script stands beside the one for a single process.
 examples: $(STAMP)
