@@ -27,9 +27,10 @@ $(STAMP): pyproject.toml constraints.txt
 train: $(STAMP)
 	$(BIN)/gradwire train
 
-# Two at a time: much of the time goes into starting servers. Files stay whole, so that they share their clusters.
+# Three at a time: much of the time goes into starting servers and waiting for them. Files stay whole, so that they share
+# their clusters. One thread each: more would only get into each other's way.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

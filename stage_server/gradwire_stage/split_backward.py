@@ -82,10 +82,11 @@ class WeightGradients:
         """Add to the gradients of the parameters; frees what was kept for each as soon as it is used."""
         groups = _groups(self._queue)
         self._queue = []
-        while groups:
-            sums = _sums(groups.popleft())
-            if not _add_at_leaves(sums):
-                torch.autograd.backward([GradientEdge(*target) for target in sums], list(sums.values()))
+        with torch.no_grad():
+            while groups:
+                sums = _sums(groups.popleft())
+                if not _add_at_leaves(sums):
+                    torch.autograd.backward([GradientEdge(*target) for target in sums], list(sums.values()))
 
     def expect(self, node: Node, operands: Sequence[_Operand], formula: Formula) -> None:
         """Keep the gradient of a node's output when the engine comes by."""
@@ -135,15 +136,12 @@ def _search(roots: Iterable[Node]) -> tuple[set[Node], list[tuple[Node, list[_Op
         if kind == _LEAF:
             leaves.add(node)
             continue
-        operands = _operands(node, _RULES[kind]) if kind in _RULES else []
-        if operands:
+        following = [each for each, _ in node.next_functions]
+        if kind in _RULES and (operands := _operands(node, _RULES[kind])):
             candidates.append((node, operands))
-        deferred = {operand.position for operand in operands}
-        waiting += [
-            following
-            for position, (following, _) in enumerate(node.next_functions)
-            if following is not None and position not in deferred
-        ]
+            for operand in operands:
+                following[operand.position] = None
+        waiting += [each for each in following if each is not None]
     return leaves, candidates
 
 
@@ -152,10 +150,13 @@ def _kind(node: Node) -> str:
 
 
 def _operands(node: Node, rule: _Rule) -> list[_Operand]:
-    """Return the operands that are views of parameters; a bias only beside a factor that is one."""
+    """Return the operands that are views of parameters; a bias only beside a factor that is one, and before it.
+
+    For the sum over a gradient's rows brings it into the cache row by row, and the product reads it across the rows.
+    """
     found = [operand for position in rule.factors if (operand := _operand(node, position)) is not None]
     if found and rule.bias is not None and (bias := _operand(node, rule.bias)) is not None:
-        found.append(bias)
+        found.insert(0, bias)
     return found
 
 
@@ -192,20 +193,12 @@ def _groups(queue: Iterable[_Deferred]) -> deque[deque[_Deferred]]:
 def _sums(group: deque[_Deferred]) -> dict[tuple[Node, int], torch.Tensor]:
     """Make the gradients of operands, and add up those with the same target in the order of the backward."""
     sums: dict[tuple[Node, int], torch.Tensor] = {}
-    with torch.no_grad():
-        while group:
-            item = group.popleft()
-            for operand, made in zip(item.operands, item.formula(item.gradient), strict=True):
-                part = made.t() if operand.transposed else made
-                sums[operand.target] = sums[operand.target] + part if operand.target in sums else part
+    while group:
+        item = group.popleft()
+        for operand, made in zip(item.operands, item.formula(item.gradient), strict=True):
+            part = made.t() if operand.transposed else made
+            sums[operand.target] = sums[operand.target] + part if operand.target in sums else part
     return sums
-
-
-def _detached(saved: torch.Tensor | None) -> torch.Tensor:
-    """Return a saved value without what it was computed from, which would stay alive with it."""
-    if saved is None:
-        raise InternalError("Autograd did not keep what the gradient of a weight is made from")
-    return saved.detach()
 
 
 def _add_at_leaves(sums: Mapping[tuple[Node, int], torch.Tensor]) -> bool:
@@ -217,14 +210,20 @@ def _add_at_leaves(sums: Mapping[tuple[Node, int], torch.Tensor]) -> bool:
         for (target, _), gradient in sums.items()
     ):
         return False
-    with torch.no_grad():
-        for (target, _), gradient in sums.items():
-            parameter = target.variable
-            if parameter.grad is None:
-                parameter.grad = gradient
-            else:
-                parameter.grad.add_(gradient)
+    for (target, _), gradient in sums.items():
+        parameter = target.variable
+        if parameter.grad is None:
+            parameter.grad = gradient
+        else:
+            parameter.grad.add_(gradient)
     return True
+
+
+def _detached(saved: torch.Tensor | None) -> torch.Tensor:
+    """Return a saved value without what it was computed from, which would stay alive with it."""
+    if saved is None:
+        raise InternalError("Autograd did not keep what the gradient of a weight is made from")
+    return saved.detach()
 
 
 def _product(left: str, left_position: int) -> Callable[[Node, Sequence[int]], Formula]:

@@ -125,7 +125,7 @@ def test_a_stream_that_is_held_back_ends_with_the_run() -> None:
         server.call("Release", stage_pb2.ReleaseRequest(run="r", generation=1, reason="enough"))
         # The rest comes, and is dropped and counted: what woke up, and the others because there is no run any more.
         cluster.senders["A"].flush(5)
-        assert time.monotonic() - start < 1
+        assert time.monotonic() - start < 5
         woken, others = (
             server.metric("gradwire_messages_dropped_total", reason=reason) or 0 for reason in ("released", "other-run")
         )
@@ -154,7 +154,7 @@ def test_a_sender_that_waits_says_for_whom_and_ends_with_the_run() -> None:
         start = time.monotonic()
         server.call("Release", stage_pb2.ReleaseRequest(run="r", generation=1, reason="enough"))
         assert isinstance(cluster.streams["A"].failure(), Aborted)
-        assert time.monotonic() - start < 1
+        assert time.monotonic() - start < 5
         assert server.activity().run == ""
 
 
