@@ -7,7 +7,7 @@ import socket
 import ssl
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent import futures
 from typing import Any, Protocol
 
@@ -166,10 +166,15 @@ class _Assembling(stage_pb2_grpc.StageServiceServicer):
                 yield pb.Receipt(sequence=1)
 
 
+def _with(options: Iterable[tuple[str, Any]], name: str, value: Any) -> list[tuple[str, Any]]:
+    """Return options with one of them replaced: of two with one name, gRPC takes the first."""
+    return list((dict(options) | {name: value}).items())
+
+
 class GeneratedReceiver:
     def __init__(self, tls: TlsFiles | None) -> None:
         self._servicer = _Assembling()
-        options = [*SERVER_OPTIONS, ("grpc.max_receive_message_length", 2**30)]
+        options = _with(SERVER_OPTIONS, "grpc.max_receive_message_length", 2**30)
         self._server = grpc.server(futures.ThreadPoolExecutor(4), options=options)
         stage_pb2_grpc.add_StageServiceServicer_to_server(self._servicer, self._server)
         self.address = bind(self._server, "127.0.0.1:0", tls)
@@ -183,7 +188,7 @@ class GeneratedSender:
     def __init__(self, address: str, tls: TlsFiles | None, *, whole: bool) -> None:
         self._chunk = 2**30 if whole else CHUNK_BYTES
         self._queue: queue.Queue[torch.Tensor] = queue.Queue(4)
-        options = [*CHANNEL_OPTIONS, ("grpc.max_send_message_length", 2**30)]
+        options = _with(CHANNEL_OPTIONS, "grpc.max_send_message_length", 2**30)
         if tls is None:
             self._channel = grpc.insecure_channel(address, options=options)
         else:
