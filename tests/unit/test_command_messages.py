@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -127,3 +129,21 @@ def test_the_bar_can_be_finished_before_its_block_ends() -> None:
         bar.show(record(1).result)
         bar.finish()
         bar.finish()
+
+
+def test_an_interrupt_that_foreign_code_turns_into_another_error_is_an_interrupt_all_the_same() -> None:
+    program = """
+import os, signal, sys, types
+
+def run():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt:
+        raise RecursionError("as numpy's import does") from None
+
+sys.modules["gradwire.cli.app"] = types.SimpleNamespace(run=run)
+from gradwire.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "Interrupted.\n")

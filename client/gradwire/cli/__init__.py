@@ -22,6 +22,13 @@ def main() -> None:
         code = _INTERRUPTED
     except SystemExit as exit_:
         code = exit_.code
+    except Exception:
+        from gradwire.cli.interrupts import exit_code
+
+        # Foreign code makes other exceptions of an interrupt: numpy, in the middle of its import, a RecursionError.
+        code = exit_code()
+        if code is None:
+            raise
     if code == _INTERRUPTED:
         print("Interrupted.", file=sys.stderr)
     sys.exit(code)

@@ -10,6 +10,7 @@ from types import FrameType
 # The children watch this process: when it goes, they go.
 _LIMIT_SECONDS = 20.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_received: list[int] = []
 
 
 def end_on_signals() -> None:
@@ -20,7 +21,13 @@ def end_on_signals() -> None:
             signal.signal(number, _end)
 
 
+def exit_code() -> int | None:
+    """Return the code to exit with, 128 + the first signal that came; None if none has."""
+    return 128 + _received[0] if _received else None
+
+
 def _end(number: int, frame: FrameType | None) -> None:
+    _received.append(number)
     # An exception can get lost in a callback of foreign code: the timer does not.
     timer = threading.Timer(_LIMIT_SECONDS, os._exit, (128 + number,))
     timer.daemon = True
