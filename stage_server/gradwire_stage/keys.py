@@ -24,6 +24,10 @@ class Key(NamedTuple):
     def __str__(self) -> str:
         return message_words(self)
 
+    def to_proto(self, run: str = "", generation: int = 0) -> pb.MessageKey:
+        """Return it as it travels in a header, or, of no run, in an activity."""
+        return pb.MessageKey(run=run, generation=generation, **self._asdict())
+
 
 class Source(NamedTuple):
     """What one stage sends under one name, once for each micro-batch."""

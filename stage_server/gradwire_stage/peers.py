@@ -46,18 +46,7 @@ _log = structlog.get_logger(__name__)
 
 def make_header(run: str, generation: int, key: Key, value: Value | None) -> pb.TensorHeader:
     """Return the header that carries a dense tensor, a number, or the statement that there is none."""
-    header = pb.TensorHeader(
-        key=pb.MessageKey(
-            run=run,
-            generation=generation,
-            entry=key.entry,
-            micro_batch=key.micro_batch,
-            value=key.value,
-            direction=key.direction,
-            source_stage=key.source_stage,
-            state=key.state,
-        )
-    )
+    header = pb.TensorHeader(key=key.to_proto(run, generation))
     if isinstance(value, torch.Tensor):
         header.tensor.CopyFrom(tensor_info(value))
     elif value is None:

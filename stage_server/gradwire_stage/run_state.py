@@ -240,17 +240,9 @@ class RunState:
         if waiting is not None:
             key = waiting.key
             from_client = key.direction in FROM_CLIENT
-            message = pb.MessageKey(
-                entry=key.entry,
-                micro_batch=key.micro_batch,
-                value=key.value,
-                direction=key.direction,
-                source_stage=key.source_stage,
-                state=key.state,
-            )
             owner = "" if from_client else self.server_of_stage[key.source_stage]
             wait = stage_pb2.Wait(
-                kind=stage_pb2.WAIT_KIND_MESSAGE, message=message, server=owner, stage=key.source_stage
+                kind=stage_pb2.WAIT_KIND_MESSAGE, message=key.to_proto(), server=owner, stage=key.source_stage
             )
             return wait, waiting.since
         room = self.peers.waiting

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 
 from gradwire_coordinator.log import RunLog
 from gradwire_coordinator.metrics import Metrics
 from gradwire_coordinator.registry import Registry
 from gradwire_coordinator.service import Coordinator
 from gradwire_protocol.channels import open_channel
-from gradwire_protocol.errors import ErrorInterceptor, GradwireError, ServerBusy, StaleGeneration
+from gradwire_protocol.errors import ErrorInterceptor, GradwireError, ServerBusy, StaleGeneration, from_rpc_error
 from gradwire_protocol.program import format_program, program_from_proto
 from gradwire_protocol.serving import Service, ServiceSettings
 from gradwire_protocol.v1 import (
@@ -275,3 +276,30 @@ def wait_until(condition: Any, seconds: float = 5.0) -> None:
         if time.monotonic() > end:
             raise TimeoutError("the condition did not come true")
         time.sleep(0.01)
+
+
+def refused(call: Any, *arguments: Any) -> GradwireError:
+    """Return the typed error of a call that must fail."""
+    with pytest.raises(grpc.RpcError) as caught:
+        call(*arguments)
+    return from_rpc_error(caught.value)
+
+
+def create(made: Cluster, *arguments: Any, **changes: Any) -> coordinator_pb2.CreateRunReply:
+    return made.stub.CreateRun(run_request(*arguments, **changes))
+
+
+def driven(made: Cluster, *arguments: Any, **changes: Any) -> Driver:
+    """Create a run and load its state."""
+    driver = Driver(made, create(made, *arguments, **changes))
+    driver.send()
+    assert driver.result().entry == 1
+    return driver
+
+
+def run_state(made: Cluster) -> int:
+    return made.status().runs[0].state
+
+
+def free(made: Cluster) -> bool:
+    return all(stage.prepared is None for stage in made.stages)

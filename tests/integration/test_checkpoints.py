@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from checkpoint_subject import adamw, flip, lengthen, make_batches, make_model, make_trainer, pickled, truncate
 from torch import nn
 
 import gradwire
@@ -28,47 +29,6 @@ from gradwire_protocol.errors import CheckpointError, SettingsError
 from gradwire_protocol.v1 import coordinator_pb2
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "checkpoints.md"
-Batches = list[tuple[torch.Tensor, torch.Tensor]]
-
-
-class Model(nn.Module):
-    """Tied weights, buffers that change and that are not kept, dropout, and a parameter that no graph reads."""
-
-    def __init__(self, dropout: float = 0.3, width: int = 16) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(12, width)
-        self.first = nn.Linear(width, width, bias=False)  # before normalisation a bias has no gradient but rounding
-        self.norm = nn.BatchNorm1d(width)
-        self.dropout = nn.Dropout(dropout)
-        self.second = nn.Linear(width, width)
-        self.head = nn.Linear(width, 12, bias=False)
-        self.head.weight = self.embedding.weight
-        self.unused = nn.Linear(2, 2)
-        self.register_buffer("scale", torch.full((width,), 1.5), persistent=False)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        hidden = self.dropout(torch.tanh(self.norm(self.first(self.embedding(tokens) * self.scale))))
-        output: torch.Tensor = self.head(hidden + self.dropout(torch.tanh(self.second(hidden))))
-        return output
-
-
-def make_model(seed: int = 0, **changes: Any) -> Model:
-    torch.manual_seed(seed)
-    return Model(**changes).double()
-
-
-def make_batches(count: int) -> Batches:
-    generator = torch.Generator().manual_seed(1)
-    return [
-        (torch.randint(12, (8,), generator=generator), torch.randint(12, (8,), generator=generator))
-        for _ in range(count)
-    ]
-
-
-def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
-    decayed = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    others = [parameter for parameter in model.parameters() if parameter.dim() == 1]
-    return torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=0.05)
 
 
 @pytest.fixture(scope="module")
@@ -77,29 +37,10 @@ def cluster() -> Iterator[gradwire.LocalCluster]:
         yield cluster
 
 
-def make_trainer(
-    cluster: gradwire.Cluster,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
-    *,
-    stages: int = 2,
-    **changes: Any,
-) -> gradwire.Trainer:
-    arguments: dict[str, Any] = {"seed": 3, "max_grad_norm": 1.0} | changes
-    return cluster.trainer(
-        model,
-        optimizer or make_optimizer(model),
-        loss=F.cross_entropy,
-        example=make_batches(1)[0],
-        plan=gradwire.Plan(stages=stages, microbatches=2),
-        **arguments,
-    )
-
-
 def test_a_resumed_run_is_the_one_that_was_not_interrupted(cluster: gradwire.LocalCluster, tmp_path: Path) -> None:
     batches = make_batches(12)
     model = make_model()
-    optimizer = make_optimizer(model)
+    optimizer = adamw(model)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
     losses, saving = [], None
     with make_trainer(cluster, model, optimizer) as trainer:
@@ -114,7 +55,7 @@ def test_a_resumed_run_is_the_one_that_was_not_interrupted(cluster: gradwire.Loc
     assert saving.step == 5
     for stages in (2, 3):
         model = make_model(seed=9)
-        optimizer = make_optimizer(model)
+        optimizer = adamw(model)
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
         with make_trainer(cluster, model, optimizer, stages=stages) as trainer:
             position = trainer.load(tmp_path / "a")
@@ -162,7 +103,7 @@ def test_plain_torch_goes_on_as_documented(
         expected = [result.loss for result in trainer.run(batches[3:])]
         state = trainer.state_dict()
     model = make_model(seed=9, dropout=0.0)
-    optimizer = make_optimizer(model)
+    optimizer = adamw(model)
     monkeypatch.chdir(tmp_path)
     weights, rest = blocks(DOCUMENT, "Without Gradwire")
     assert len(weights.strip().splitlines()) <= 10
@@ -196,24 +137,6 @@ def good(trainer: gradwire.Trainer, tmp_path_factory: pytest.TempPathFactory) ->
     path = tmp_path_factory.mktemp("good") / "a"
     trainer.save(path)
     return path
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) * 3 // 4] ^= 1
-    path.write_bytes(content)
-
-
-def lengthen(path: Path) -> None:
-    path.write_bytes(path.read_bytes() + b" x")
-
-
-def pickled(path: Path) -> None:
-    path.write_bytes(pickle.dumps({"weights": [1.0] * 100}))
 
 
 @pytest.mark.parametrize("damage", [truncate, flip, lengthen, pickled, Path.unlink])

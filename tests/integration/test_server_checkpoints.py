@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
-import re
 import shutil
 import signal
 import subprocess
@@ -17,90 +15,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import grpc
 import psutil
 import pytest
 import torch
 import torch.nn.functional as F
+from checkpoint_subject import adamw, asgd, make_batches, make_model, make_trainer, sgd
 from safetensors.torch import load_file
 from torch import nn
 
 import gradwire
 from gradwire_protocol.checkpoint.reader import check
-from gradwire_protocol.errors import CheckpointError, FrameError, GradwireError, SettingsError, from_rpc_error
-from gradwire_protocol.v1 import coordinator_pb2, coordinator_pb2_grpc, run_pb2
-
-Batches = list[tuple[torch.Tensor, torch.Tensor]]
-
-
-class Model(nn.Module):
-    """Tied weights, a frozen layer, buffers that change and that are not kept, dropout, a parameter nobody reads."""
-
-    def __init__(self, dropout: float = 0.3, width: int = 16) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(12, width)
-        self.first = nn.Linear(width, width, bias=False)
-        self.norm = nn.BatchNorm1d(width)
-        self.dropout = nn.Dropout(dropout)
-        self.frozen = nn.Linear(width, width).requires_grad_(False)
-        self.second = nn.Linear(width, width)
-        self.head = nn.Linear(width, 12, bias=False)
-        self.head.weight = self.embedding.weight
-        self.unused = nn.Linear(2, 2)
-        self.register_buffer("scale", torch.full((width,), 1.5), persistent=False)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        hidden = self.dropout(torch.tanh(self.norm(self.first(self.embedding(tokens) * self.scale))))
-        hidden = hidden + self.frozen(hidden)
-        output: torch.Tensor = self.head(hidden + self.dropout(torch.tanh(self.second(hidden))))
-        return output
-
-
-def make_model(seed: int = 0, **changes: Any) -> Model:
-    torch.manual_seed(seed)
-    return Model(**changes).double()
-
-
-def make_batches(count: int) -> Batches:
-    generator = torch.Generator().manual_seed(1)
-    return [
-        (torch.randint(12, (8,), generator=generator), torch.randint(12, (8,), generator=generator))
-        for _ in range(count)
-    ]
-
-
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = [parameter for parameter in trained if parameter.dim() > 1]
-    others = [parameter for parameter in trained if parameter.dim() == 1]
-    return torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=0.05)
-
-
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.05)
-
-
-def asgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.ASGD(model.parameters(), lr=0.05)
-
-
-def make_trainer(
-    cluster: gradwire.Cluster,
-    model: nn.Module,
-    optimizer: Callable[[nn.Module], torch.optim.Optimizer] = adamw,
-    *,
-    stages: int = 2,
-    **changes: Any,
-) -> gradwire.Trainer:
-    arguments: dict[str, Any] = {"seed": 3, "max_grad_norm": 1.0} | changes
-    return cluster.trainer(
-        model,
-        optimizer(model),
-        loss=F.cross_entropy,
-        example=make_batches(1)[0],
-        plan=gradwire.Plan(stages=stages, microbatches=2),
-        **arguments,
-    )
+from gradwire_protocol.errors import CheckpointError, GradwireError, SettingsError
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +45,9 @@ def test_a_resumed_run_is_the_one_that_was_not_interrupted(
 ) -> None:
     batches = make_batches(9)
     name = f"deep/{make_optimizer.__name__}"
+    model = make_model()
     losses, saving = [], None
-    with make_trainer(cluster, make_model(), make_optimizer) as trainer:
+    with make_trainer(cluster, model, make_optimizer(model)) as trainer:
         for result in trainer.run(batches):
             losses.append(result.loss)
             if result.step == 3:
@@ -140,7 +66,7 @@ def test_a_resumed_run_is_the_one_that_was_not_interrupted(
         (1, "client", root / name),
     ):
         model = make_model(seed=9)
-        with make_trainer(cluster, model, make_optimizer, stages=stages) as trainer:
+        with make_trainer(cluster, model, make_optimizer(model), stages=stages) as trainer:
             assert trainer.load(place, storage=storage) == {"epoch": 2}
             results = list(trainer.run(batches[step:]))
             state = trainer.state_dict()
@@ -304,151 +230,6 @@ def trainer(cluster: gradwire.LocalCluster) -> Iterator[gradwire.Trainer]:
     with make_trainer(cluster, make_model()) as trainer:
         list(trainer.run(make_batches(2)))
         yield trainer
-
-
-@pytest.fixture(scope="module")
-def good(trainer: gradwire.Trainer, root: Path) -> Path:
-    trainer.save("good/a", storage="server")
-    return root / "good" / "a"
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) * 3 // 4] ^= 1
-    path.write_bytes(content)
-
-
-def pickled(path: Path) -> None:
-    path.write_bytes(pickle.dumps({"weights": [1.0] * 100}))
-
-
-FILES = (
-    "model-00001-of-00002.safetensors",
-    "model-00002-of-00002.safetensors",
-    "model.safetensors.index.json",
-    "optimizer-00001-of-00002.safetensors",
-    "optimizer-00002-of-00002.safetensors",
-    "manifest.json",
-)
-
-
-@pytest.mark.parametrize("damage", [truncate, flip, pickled, Path.unlink])
-@pytest.mark.parametrize("file", FILES)
-def test_a_file_that_is_not_whole_is_named_and_refused(
-    trainer: gradwire.Trainer, good: Path, root: Path, file: str, damage: Callable[[Path], None]
-) -> None:
-    bad = root / "bad"
-    shutil.rmtree(bad, ignore_errors=True)
-    shutil.copytree(good, bad)
-    damage(bad / file)
-    with pytest.raises(CheckpointError, match=re.escape(str(bad / file))):
-        trainer.load("bad", storage="server")
-    # Neither the run nor the good one has suffered.
-    trainer.load("good/a", storage="server")
-
-
-@pytest.mark.parametrize("name", ["weights.pt", "innocent.txt"])
-def test_a_planted_pickle_is_refused(trainer: gradwire.Trainer, good: Path, root: Path, name: str) -> None:
-    bad = root / "planted"
-    shutil.rmtree(bad, ignore_errors=True)
-    shutil.copytree(good, bad)
-    (bad / name).write_bytes(pickle.dumps(print))
-    with pytest.raises(CheckpointError, match=f"{name} is refused.*pickle"):
-        trainer.load("planted", storage="server")
-
-
-def test_what_does_not_fit_is_refused_before_anything_changes(
-    cluster: gradwire.LocalCluster, trainer: gradwire.Trainer, good: Path
-) -> None:
-    with make_trainer(cluster, make_model(width=8), stages=1) as other:
-        before = other.state_dict()
-        with pytest.raises(CheckpointError, match=r"another model.*embedding.weight: \[12, 8\]"):
-            other.load("good/a", storage="server")
-        with pytest.raises(CheckpointError, match="no checkpoint at"):
-            other.load("good/b", storage="server")
-        assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
-        other.step(*make_batches(1)[0])
-    with make_trainer(cluster, make_model(), seed=4, stages=1) as other:
-        with pytest.raises(CheckpointError, match="another seed"):
-            other.load("good/a", storage="server")
-        other.step(*make_batches(1)[0])
-
-
-@pytest.mark.parametrize("path", ["", ".", "..", "../a", "good/../../a", "/tmp/a"])
-def test_paths_out_of_the_root_are_refused(
-    trainer: gradwire.Trainer, cluster: gradwire.LocalCluster, path: str
-) -> None:
-    with pytest.raises(SettingsError):
-        trainer.save(path, storage="server")
-    with pytest.raises(SettingsError):
-        trainer.load(path, storage="server")
-    stub = coordinator_pb2_grpc.CoordinatorServiceStub(cluster.channel)
-    requests = {
-        "BeginSave": coordinator_pb2.BeginSaveRequest(run=trainer.run_id, directory=path, manifest=MANIFEST),
-        "InspectCheckpoint": coordinator_pb2.InspectCheckpointRequest(directory=path),
-    }
-    for method, request in requests.items():
-        with pytest.raises(grpc.RpcError) as caught:
-            getattr(stub, method)(request)
-        assert isinstance(from_rpc_error(caught.value), SettingsError)
-    assert trainer.step(*make_batches(1)[0]).loss > 0
-
-
-MANIFEST = json.dumps({"versions": {}, "step": 2, "seed": 3, "optimizer": {"name": "AdamW", "groups": []}, "files": {}})
-
-
-def test_links_out_of_the_root_are_refused(trainer: gradwire.Trainer, good: Path, root: Path, tmp_path: Path) -> None:
-    shutil.copytree(good, tmp_path / "a")
-    (root / "link").symlink_to(tmp_path)
-    for call in (trainer.save, trainer.load):
-        with pytest.raises(SettingsError, match="leads out of its root directory through a link"):
-            call("link/a", storage="server")  # type: ignore[operator]
-    linked = root / "linked"
-    shutil.copytree(good, linked)
-    (linked / FILES[0]).unlink()
-    (linked / FILES[0]).symlink_to(tmp_path / "a" / FILES[0])
-    with pytest.raises(SettingsError, match="leads out of its root directory through a link"):
-        trainer.load("linked", storage="server")
-    assert trainer.step(*make_batches(1)[0]).loss > 0
-
-
-def test_a_save_that_was_not_announced_ends_its_run_only(cluster: gradwire.LocalCluster, root: Path) -> None:
-    with make_trainer(cluster, make_model(), stages=1) as trainer:
-        session = trainer._session
-        save = run_pb2.SaveState(directory="../a", token="t")
-        future, outcome = session.submit_save(run_pb2.Entry(number=session.reserve(), save_state=save))
-        for waited in (future, outcome):
-            with pytest.raises(SettingsError, match="not a relative path"):
-                waited.result(10)
-    with make_trainer(cluster, make_model(), stages=1) as trainer:
-        session = trainer._session
-        stub = coordinator_pb2_grpc.CoordinatorServiceStub(cluster.channel)
-        request = coordinator_pb2.BeginSaveRequest(run=trainer.run_id, directory="announced", manifest=MANIFEST)
-        token = stub.BeginSave(request).token
-        save = run_pb2.SaveState(directory="other", token=token)
-        future, _ = session.submit_save(run_pb2.Entry(number=session.reserve(), save_state=save))
-        with pytest.raises(FrameError, match="was not announced"):
-            future.result(10)
-    assert not list(root.glob(".*"))
-
-
-def test_what_cannot_be_saved(trainer: gradwire.Trainer, root: Path) -> None:
-    (root / "precious").mkdir()
-    (root / "precious" / "file").write_text("")
-    with pytest.raises(CheckpointError, match="not written over"):
-        trainer.save("precious", storage="server")
-    with pytest.raises(CheckpointError, match=r"file/a could not be written by the coordinator.*File exists"):
-        trainer.save("precious/file/a", storage="server")
-    with pytest.raises(SettingsError, match="storage is not valid"):
-        trainer.save("a", storage="disk")  # type: ignore[arg-type]
-    with pytest.raises(SettingsError, match="JSON"):
-        trainer.save("a", data_position={"loader": object()}, storage="server")
-    assert trainer.step(*make_batches(1)[0]).loss > 0
-    assert not list(root.glob(".*"))
 
 
 @pytest.fixture

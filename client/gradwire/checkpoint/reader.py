@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from gradwire_protocol.checkpoint.manifest import FILE_NAME, Manifest, parse_manifest
-from gradwire_protocol.checkpoint.reader import Number, StoredCheckpoint
+from gradwire_protocol.checkpoint.reader import Number, StoredCheckpoint, optimizer_state
 from gradwire_protocol.errors import CheckpointError
 from gradwire_protocol.safetensors_format import StoredTensor
 from gradwire_protocol.torch_tensors import TORCH_TYPES, tensor_from_file
@@ -73,12 +73,7 @@ class RemoteCheckpoint:
 
     def optimizer_state(self) -> Iterator[tuple[str, str]]:
         """Yield (parameter, name of the state) of all that the optimizer kept."""
-        for name in self._optimizer:
-            parameter, _, state = name.rpartition("/")
-            yield parameter, state
-        for parameter, states in self.manifest.optimizer.numbers.items():
-            for state in states:
-                yield parameter, state
+        return optimizer_state(self._optimizer, self.manifest)
 
 
 def _read(stored: StoredTensor) -> torch.Tensor:

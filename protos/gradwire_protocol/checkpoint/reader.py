@@ -6,7 +6,7 @@ Whether it fits a model, and what becomes of the tensors' bytes, is for others t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from gradwire_protocol.checkpoint.directory import settle
@@ -22,6 +22,16 @@ _PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 # A zip archive, as torch.save writes it, and the pickle protocols 2 to 5.
 _PICKLE_BEGINNINGS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _REMEDY = "load another checkpoint"
+
+
+def optimizer_state(tensors: Iterable[str], manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """Yield (parameter, name of the state) of all that an optimizer kept, by its tensors' names and its numbers."""
+    for name in tensors:
+        parameter, _, state = name.rpartition("/")
+        yield parameter, state
+    for parameter, states in manifest.optimizer.numbers.items():
+        for state in states:
+            yield parameter, state
 
 
 class StoredCheckpoint:
@@ -54,12 +64,7 @@ class StoredCheckpoint:
 
     def optimizer_state(self) -> Iterator[tuple[str, str]]:
         """Yield (parameter, name of the state) of all that the optimizer kept."""
-        for name in self.optimizer:
-            parameter, _, state = name.rpartition("/")
-            yield parameter, state
-        for parameter, states in self.manifest.optimizer.numbers.items():
-            for state in states:
-                yield parameter, state
+        return optimizer_state(self.optimizer, self.manifest)
 
     def optimizer_value(self, parameter: str, state: str) -> StoredTensor | Number:
         """Return one value of the optimizer's state; CheckpointError if it has none."""
