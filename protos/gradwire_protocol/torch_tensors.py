@@ -91,12 +91,19 @@ def payload_of(tensor: torch.Tensor) -> memoryview:
 def tensor_from(message: Message) -> torch.Tensor:
     """Return the tensor that a message carries, over the message's own memory: never write to it.
 
-    Its requires_grad is left to the receiver (`message.header.tensor.requires_grad`).
+    Its requires_grad is left to the receiver (`message.header.tensor.requires_grad`). FrameError for an encoded one,
+    which only those take who have its codec.
     """
     info = message.header.tensor
     dtype = TORCH_TYPES[info.data_type]
     if message.payload is None:
         return torch.empty(tuple(info.shape), dtype=dtype)
+    if info.codec != pb.CODEC_NONE:
+        raise FrameError(
+            f"Tensor {message.header.key.value!r} is encoded",
+            expected=pb.Codec.Name(pb.CODEC_NONE),
+            got=pb.Codec.Name(info.codec),
+        )
     flat = torch.frombuffer(message.payload, dtype=dtype)
     if info.strides:
         return flat.as_strided(tuple(info.shape), tuple(info.strides))

@@ -17,11 +17,12 @@ import atheris
 import numpy as np
 from google.protobuf.message import DecodeError
 
-with atheris.instrument_imports(include=["gradwire_protocol"]):
+with atheris.instrument_imports(include=["gradwire_protocol", "gradwire_stage.codecs"]):
     from gradwire_protocol import frames
+    from gradwire_protocol.codecs import encoded_bytes
     from gradwire_protocol.errors import FrameError, LimitExceeded
-    from gradwire_protocol.torch_tensors import tensor_from
     from gradwire_protocol.v1 import tensors_pb2 as pb
+    from gradwire_stage.codecs.registry import unpack
 
 LIMIT_BYTES = 2**16
 
@@ -84,7 +85,9 @@ def check_stream(data: bytes) -> None:
                 size = 0 if message.payload is None else message.payload.nbytes
                 if size != message.header.tensor.size_bytes:
                     raise AssertionError("a payload is not as long as its header says")
-                tensor = tensor_from(message)
+                tensor, encoded = unpack(message)
+                if encoded is not None:
+                    tensor = encoded.decode(tensor)
                 if list(tensor.shape) != list(message.header.tensor.shape):
                     raise AssertionError("a tensor does not have the shape of its header")
         assembler.finish()
@@ -106,6 +109,11 @@ def seeds() -> Iterator[bytes]:
     yield _join(stream)
     for frame in stream:
         yield _join([frame])
+    for codec in sorted(set(pb.Codec.values()) - {pb.CODEC_UNSPECIFIED, pb.CODEC_NONE}):
+        size = encoded_bytes(codec, pb.DATA_TYPE_FLOAT32, one.size)
+        info = pb.TensorInfo(data_type=pb.DATA_TYPE_FLOAT32, shape=[3, 4], size_bytes=size, codec=codec)
+        header = pb.TensorHeader(key=key, sequence=1, tensor=info)
+        yield _join(list(frames.encode_frames(header, memoryview(one).cast("B")[:size])))
     # A message of two chunks, and one written by the generated classes.
     first = pb.TensorFrame(header=headers[0][0], chunk=pb.TensorChunk(data=bytes(one)[:16]))
     second = pb.TensorFrame(chunk=pb.TensorChunk(offset=16, data=bytes(one)[16:]))

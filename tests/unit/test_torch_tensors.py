@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradwire_protocol import frames
+from gradwire_protocol.codecs import encoded_bytes
 from gradwire_protocol.errors import FrameError
+from gradwire_protocol.frames import Message
 from gradwire_protocol.torch_tensors import DATA_TYPES, dense, is_dense, payload_of, tensor_from, tensor_info
 from gradwire_protocol.v1 import tensors_pb2 as pb
 
@@ -64,3 +66,12 @@ def test_what_is_not_dense_is_copied_first():
 def test_types_that_cannot_travel_are_refused():
     with pytest.raises(FrameError, match="cannot travel"):
         tensor_info(torch.empty(1, dtype=torch.uint16))
+
+
+def test_an_encoded_message_is_no_tensor():
+    key = pb.MessageKey(run="r", generation=1, entry=1, value="h", direction=pb.DIRECTION_FORWARD)
+    size = encoded_bytes(pb.CODEC_INT8, pb.DATA_TYPE_FLOAT32, 12)
+    info = pb.TensorInfo(data_type=pb.DATA_TYPE_FLOAT32, shape=[3, 4], size_bytes=size, codec=pb.CODEC_INT8)
+    message = Message(pb.TensorHeader(key=key, sequence=1, tensor=info), memoryview(bytes(size)))
+    with pytest.raises(FrameError, match="'h' is encoded"):
+        tensor_from(message)
