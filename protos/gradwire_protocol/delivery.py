@@ -1,16 +1,18 @@
-"""Asynchronous sending: one `Deliver` stream to one peer, fed from a queue.
+"""Asynchronous sending: one stream to one peer, fed from a queue.
 
-The sender's threads encode and send; `send` only queues. What the peer has received whole, it receipts. Knows bytes
-only, and nothing of who sends what to whom.
+The stream is a `Deliver` call, or a unix socket where both ends are on one host (local_stream.py). The sender's threads
+encode and send; `send` only queues, unless a small message can go on its way at once. What the peer has received whole,
+it receipts. Knows bytes only, and nothing of who sends what to whom.
 """
 
 from __future__ import annotations
 
 import queue
+import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,7 @@ import grpc
 
 from gradwire_protocol.errors import Aborted, GradwireError, InternalError, Unreachable, from_rpc_error
 from gradwire_protocol.frames import encode_frames
+from gradwire_protocol.local_stream import SendingEnd
 from gradwire_protocol.v1 import tensors_pb2 as pb
 
 DELIVER = "/gradwire_protocol.v1.StageService/Deliver"
@@ -32,7 +35,26 @@ class Delivered:
 
     header: pb.TensorHeader
     size_bytes: int  # of the payload
-    seconds: float  # from `send` to the receipt
+    seconds: float  # from `send` to its arrival, or to the receipt where the peer has another clock
+
+
+@dataclass(frozen=True, slots=True)
+class _Queued:
+    """A message for the thread that writes."""
+
+    header: pb.TensorHeader
+    payload: Payload
+
+
+@dataclass(frozen=True, slots=True)
+class _Rest:
+    """What is left of frames that have been written in part."""
+
+    data: bytes
+
+
+# In the queue of a local stream: ask for the receipts that are due.
+_ASK = _Rest(b"")
 
 
 class FrameSender:
@@ -41,7 +63,9 @@ class FrameSender:
     Thread-safe. `on_frame` (for each frame that the network takes), `on_delivered` and `on_failure` are called on the
     sender's threads and must not block. maximum_queued_bytes: of payloads that are not receipted, above which `send`
     waits; None: it never does. checksums: every chunk carries one. `place`, called on a thread of the sender, may put a
-    payload where the peer finds it by its header (shared memory); then it goes in no chunks.
+    payload where the peer finds it by its header (shared memory); then it goes in no chunks. `connect`, called on a
+    thread of the sender, returns a socket to the peer if it is on this host, else None; over it, payloads of up to
+    `at_once_bytes` that are there are written by `send` itself, which saves a change of threads, and not placed.
     After a failure every `send` and `flush` raises it; the sender does not reconnect.
     """
 
@@ -54,6 +78,8 @@ class FrameSender:
         maximum_queued_bytes: int | None = None,
         checksums: bool = False,
         place: Callable[[pb.TensorHeader, memoryview], bool] | None = None,
+        connect: Callable[[], socket.socket | None] | None = None,
+        at_once_bytes: int = 0,
         on_frame: Callable[[], None] | None = None,
         on_delivered: Callable[[Delivered], None] | None = None,
         on_failure: Callable[[GradwireError], None] | None = None,
@@ -62,22 +88,27 @@ class FrameSender:
         self._maximum_queued_bytes = maximum_queued_bytes
         self._checksums = checksums
         self._place = place
+        self._at_once_bytes = at_once_bytes
         self._on_frame = on_frame or (lambda: None)
         self._on_delivered = on_delivered
         self._on_failure = on_failure
         self._changed = threading.Condition()
-        self._queue: queue.SimpleQueue[tuple[pb.TensorHeader, Payload] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Queued | _Rest | None] = queue.SimpleQueue()
+        self._unwritten = 0  # items of the queue, until they are written
         # Sent or queued, not receipted yet: (header, size, time of `send`).
         self._open: deque[tuple[pb.TensorHeader, int, float]] = deque()
         self._open_bytes = 0
         self._sequence = 0
         self._closing = False
         self._failure: GradwireError | None = None
-        call = channel.stream_stream(method, request_serializer=None, response_deserializer=pb.Receipt.FromString)
-        # gRPC consumes the iterator on a thread of its own: that is where encoding happens.
-        self._stream = call(self._frames(), wait_for_ready=True)
-        self._receipts = threading.Thread(target=self._read_receipts, name=f"receipts from {peer}", daemon=True)
-        self._receipts.start()
+        self._call = channel.stream_stream(method, request_serializer=None, response_deserializer=pb.Receipt.FromString)
+        self._stream: Any = None  # the call's, or a SendingEnd; None: it is still to be seen which
+        self._local: SendingEnd | None = None
+        self._ended = threading.Event()  # no receipts will come any more
+        if connect is None:
+            self._open_call()
+        else:
+            self._start("writer", lambda: self._open_local(connect))
 
     @property
     def unreceipted(self) -> tuple[int, int]:
@@ -94,17 +125,24 @@ class FrameSender:
         """Queue one message; sets the header's sequence. Waits for room; a failure, `close` and `cancel` end that."""
         size = header.tensor.size_bytes if header.HasField("tensor") else 0
         with self._changed:
-            self._changed.wait_for(lambda: self._failure or self._closing or self.has_room(header))
+            if not self.has_room(header):
+                self._ask()
+                self._changed.wait_for(lambda: self._failure or self._closing or self.has_room(header))
             self._check()
             self._sequence += 1
             header.sequence = self._sequence
             self._open.append((header, size, time.monotonic()))
             self._open_bytes += size
-            self._queue.put((header, payload))
+            at_once = self._local is not None and self._unwritten == 0 and size <= self._at_once_bytes
+            if self._local is not None and at_once and not callable(payload):
+                self._write_at_once(self._local, header, payload)
+            else:
+                self._put(_Queued(header, payload))
 
     def flush(self, timeout_seconds: float | None = None) -> None:
         """Wait until the peer has receipted everything that was sent."""
         with self._changed:
+            self._ask()
             if not self._changed.wait_for(lambda: self._failure or not self._open, timeout_seconds):
                 raise Unreachable(
                     f"{self._peer} does not take what is sent to it",
@@ -122,15 +160,20 @@ class FrameSender:
                 self._closing = True
                 self._queue.put(None)
                 self._changed.notify_all()
-        self._receipts.join(timeout_seconds)
-        if self._receipts.is_alive():
-            self._stream.cancel()
-            self._receipts.join()
+        if not self._ended.wait(timeout_seconds):
+            self.cancel()
+            self._ended.wait()
 
     def cancel(self) -> None:
         """End the stream at once; what is queued is dropped. Idempotent."""
         self._fail(Aborted(f"Sending to {self._peer} was cut off"), report=False)
-        self._stream.cancel()
+        with self._changed:
+            stream = self._stream
+        if stream is not None:  # otherwise the thread that opens it sees the failure
+            stream.cancel()
+
+    def _start(self, role: str, target: Callable[[], None]) -> None:
+        threading.Thread(target=target, name=f"{role} of {self._peer}", daemon=True).start()
 
     def _check(self) -> None:
         if self._failure:
@@ -138,44 +181,154 @@ class FrameSender:
         if self._closing:
             raise Aborted(f"The sender to {self._peer} is closed")
 
+    def _put(self, item: _Queued | _Rest) -> None:
+        self._unwritten += 1
+        self._queue.put(item)
+
+    def _ask(self) -> None:
+        """Have receipts come that the peer holds back, where it may. With the lock."""
+        if self._local is not None and self._open:
+            self._put(_ASK)
+
+    def _frames_of(self, item: _Queued) -> Iterator[bytes]:
+        header, payload = item.header, item.payload
+        data = payload() if callable(payload) else payload
+        if self._place is not None and data is not None and self._place(header, data):
+            data = None
+        yield from encode_frames(header, data, checksums=self._checksums)
+
+    def _cannot_encode(self, header: pb.TensorHeader, error: Exception) -> None:
+        self._fail(InternalError(f"Cannot encode {header.key.value!r} for {self._peer}: {error!r}"))
+        self._stream.cancel()
+
+    # Over a call.
+
+    def _open_call(self) -> None:
+        # gRPC consumes the iterator on a thread of its own: that is where encoding happens.
+        stream = self._call(self._frames(), wait_for_ready=True)
+        with self._changed:
+            self._stream, over = stream, self._failure is not None
+        if over:
+            stream.cancel()
+        self._start("receipts", lambda: self._read_receipts(stream))
+
     def _frames(self) -> Iterator[bytes]:
         while (item := self._queue.get()) is not None:
-            header, payload = item
+            if isinstance(item, _Rest):
+                continue
             try:
-                data = payload() if callable(payload) else payload
-                if self._place is not None and data is not None and self._place(header, data):
-                    data = payload = None
-                for frame in encode_frames(header, data, checksums=self._checksums):
+                for frame in self._frames_of(item):
                     yield frame
                     # gRPC comes for the next one when the network has taken this one.
                     self._on_frame()
             except Exception as error:  # noqa: BLE001  # gRPC would swallow it: it must end the stream with its cause
-                self._fail(InternalError(f"Cannot encode {header.key.value!r} for {self._peer}: {error!r}"))
-                self._stream.cancel()
+                self._cannot_encode(item.header, error)
                 return
             # Dropped here, so that waiting in get() keeps no tensor alive.
-            del item, payload, data, frame
+            del item, frame
 
-    def _read_receipts(self) -> None:
+    def _read_receipts(self, stream: Any) -> None:
         try:
-            for receipt in self._stream:
-                self._receipted(receipt.sequence)
+            for receipt in stream:
+                self._receipted([(receipt.sequence, time.monotonic())])
+            self._over(f"{self._peer} ended the stream", ended_well=True)
         except grpc.RpcError as error:
             self._fail(from_rpc_error(error, target=self._peer))
-            return
-        with self._changed:
-            open_messages = len(self._open)
-        if open_messages:
-            self._fail(Unreachable(f"{self._peer} ended the stream", got=f"{open_messages} messages without receipt"))
+        finally:
+            self._ended.set()
 
-    def _receipted(self, sequence: int) -> None:
-        now = time.monotonic()
+    # Over a socket.
+
+    def _open_local(self, connect: Callable[[], socket.socket | None]) -> None:
+        """Connect, and write what is queued; without a socket, the rest is the call's."""
+        connection = connect()
+        if connection is None:
+            self._open_call()
+            return
+        local = SendingEnd(connection)
+        self._start("receipts", lambda: self._read_local_receipts(local))
+        with self._changed:
+            self._stream = self._local = local
+            over = self._failure is not None
+        if over:
+            local.cancel()
+        try:
+            self._write_queued(local)
+            local.end()
+        except OSError:
+            # Who reads receipts sees it too, with the peer's reason if there is one.
+            pass
+        finally:
+            local.release()
+
+    def _write_queued(self, local: SendingEnd) -> None:
+        while (item := self._queue.get()) is not None:
+            if item is _ASK:
+                local.write(b"")
+            elif isinstance(item, _Rest):
+                local.write_rest(item.data)
+                self._on_frame()
+            else:
+                frames = self._frames_of(item)
+                while True:
+                    try:
+                        frame = next(frames, None)
+                    except Exception as error:  # noqa: BLE001  # whatever it is must end the stream with its cause
+                        self._cannot_encode(item.header, error)
+                        return
+                    if frame is None:
+                        break
+                    local.write(frame)
+                    self._on_frame()
+                del frames, frame
+            # Dropped here, so that waiting in get() keeps no tensor alive.
+            del item
+            with self._changed:
+                self._unwritten -= 1
+
+    def _write_at_once(self, local: SendingEnd, header: pb.TensorHeader, payload: memoryview | None) -> None:
+        """Write a message on the thread of `send`; what finds no room is left to the thread that writes."""
+        frames = list(encode_frames(header, payload, checksums=self._checksums))
+        try:
+            rest = local.try_write(frames)
+        except OSError:
+            return  # who reads receipts sees it too
+        if rest:
+            self._put(_Rest(rest))
+        else:
+            self._on_frame()
+
+    def _read_local_receipts(self, local: SendingEnd) -> None:
+        try:
+            for receipts in local.receipts():
+                self._receipted(receipts)
+            self._over(f"Cannot reach {self._peer}: its end of the connection was closed", ended_well=False)
+        except OSError as error:
+            self._over(f"Cannot reach {self._peer}: {error}", ended_well=False)
+        except GradwireError as error:
+            self._fail(error)
+        finally:
+            local.cancel()  # so that nobody writes for nobody
+            local.release()
+            self._ended.set()
+
+    # What comes back.
+
+    def _over(self, what: str, *, ended_well: bool) -> None:
+        """No receipts will come any more: a failure, unless that was asked for and all are there."""
+        with self._changed:
+            open_messages, closing = len(self._open), self._closing
+        if open_messages or not (ended_well or closing):
+            self._fail(Unreachable(what, got=f"{open_messages} messages without receipt"))
+
+    def _receipted(self, receipts: Sequence[tuple[int, float]]) -> None:
         delivered = []
         with self._changed:
-            while self._open and self._open[0][0].sequence <= sequence:
-                header, size, since = self._open.popleft()
-                self._open_bytes -= size
-                delivered.append(Delivered(header, size, now - since))
+            for sequence, arrived in receipts:
+                while self._open and self._open[0][0].sequence <= sequence:
+                    header, size, since = self._open.popleft()
+                    self._open_bytes -= size
+                    delivered.append(Delivered(header, size, arrived - since))
             self._changed.notify_all()
         if self._on_delivered:
             for message in delivered:

@@ -29,8 +29,8 @@ class Intake:
         self._addressed: RunState | None = None  # the run of the message in progress
         self._ended = False
 
-    def feed(self, frame: bytes) -> int | None:
-        """Take one frame; return the number of the message that it completes, for its receipt. Waits for room."""
+    def feed(self, frame: bytes) -> pb.TensorHeader | None:
+        """Take one frame; return the header of the message that it completes, for its receipt. Waits for room."""
         message = self._assembler.feed(frame)
         run, reservation = self._run, self._reservation
         if run is not None and reservation is not None:
@@ -41,7 +41,7 @@ class Intake:
                     run.accept(message, reservation)
                 else:  # the run has ended meanwhile
                     run.mailbox.cancel(reservation)
-        return None if message is None else message.header.sequence
+        return None if message is None else message.header
 
     def finish(self) -> None:
         """Refuse a stream that ends inside a message."""

@@ -75,6 +75,9 @@ class StageMetrics:
             ["reason"],
             registry=registry,
         )
+        self.local_streams = Gauge(
+            "gradwire_local_streams", "Streams that servers of this host send over a socket", registry=registry
+        )
         self.shared_memory_bytes = Gauge(
             "gradwire_shared_memory_bytes", "Bytes of memory for payloads to servers of this host", registry=registry
         )

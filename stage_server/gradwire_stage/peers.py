@@ -27,6 +27,7 @@ from gradwire_stage.arrivals import EXCHANGE
 from gradwire_stage.codecs.registry import encode
 from gradwire_stage.device import Arrived, Device
 from gradwire_stage.keys import Key
+from gradwire_stage.local_connector import LocalConnector
 from gradwire_stage.mailbox import Mailbox
 from gradwire_stage.shared_memory import SharedMemory, SharedSender, offers_to
 
@@ -40,6 +41,8 @@ ABSENT = pb.Absent()
 _NO_CODECS: Mapping[str, pb.Codec] = MappingProxyType({})
 # Of payloads that one peer has not receipted, on each of the two streams to it, before `send` waits.
 SEND_BYTES = 128 * 2**20
+# Copying that much to a socket takes the compute thread less time than waking another thread to do it.
+_AT_ONCE_BYTES = 64 * 2**10
 
 _log = structlog.get_logger(__name__)
 
@@ -200,10 +203,16 @@ class Peers:
             about = stage_pb2.OfferSharedBlockRequest(run=self._run, generation=self._generation, server=self._own)
             shared = SharedSender(self._shared_memory, about, server, offers_to(channel))
             self._shared.append(shared)
+            stream = stage_pb2.OfferStreamRequest(run=self._run, generation=self._generation, server=self._own)
+            settings = self._shared_memory.settings
             sender = FrameSender(
                 channel,
                 f"stage server {server} at {self._addresses[server]}",
                 place=shared.place,
+                connect=None
+                if settings is None
+                else LocalConnector(self._shared_memory, shared, channel, stream, server),
+                at_once_bytes=0 if settings is None else min(_AT_ONCE_BYTES, settings.threshold_bytes - 1),
                 maximum_queued_bytes=self._send_bytes,
                 checksums=self._checksums,
                 on_frame=self._on_frame,

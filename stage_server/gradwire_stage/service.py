@@ -29,6 +29,7 @@ from gradwire_stage.device import Device
 from gradwire_stage.executor import Executor
 from gradwire_stage.intake import Intake, StreamLimit
 from gradwire_stage.links import MAXIMUM_LINKS, answer, measure_link
+from gradwire_stage.local_streams import LocalStreams
 from gradwire_stage.mailbox import CREDIT_BYTES
 from gradwire_stage.metrics import StageMetrics
 from gradwire_stage.peers import SEND_BYTES
@@ -38,6 +39,7 @@ from gradwire_stage.shared_memory import SharedMemory
 # A run that is released ends within this time, unless a single operator takes longer.
 _RELEASE_SECONDS = 1.0
 _TAKE_OVER_SECONDS = 5.0
+_OTHER_RUN = "another run, or generation of it, is prepared here, or none"
 
 _log = structlog.get_logger(__name__)
 
@@ -108,10 +110,12 @@ class StageService(stage_pb2_grpc.StageServiceServicer):
         self._operators = operators
         self._shared_memory = shared_memory or SharedMemory.off()
         self._streams = StreamLimit(limits.streams)
+        self._local_streams = LocalStreams(self._shared_memory, self._make_intake, self._streams)
         self._lock = threading.Lock()  # guards _held
         self._preparing = threading.Lock()  # one Prepare at a time
         self._held: _Held | None = None
         metrics.mailbox_bytes.set_function(self._mailbox_bytes)
+        metrics.local_streams.set_function(lambda: self._local_streams.count)
         metrics.shared_memory_bytes.set_function(lambda: self._shared_memory.size_bytes)
 
     def add_to(self, server: Any) -> None:
@@ -192,28 +196,34 @@ class StageService(stage_pb2_grpc.StageServiceServicer):
     # --- tensors
 
     def Deliver(self, requests: Iterator[bytes], context: Any) -> Iterator[pb.Receipt]:  # noqa: N802
-        intake = Intake(self._find_run, self._limits.tensor_bytes)
+        intake = self._make_intake()
         with self._streams, closing(intake):
             # The stream may end while its thread waits for room.
             if not context.add_callback(intake.interrupt):
                 return
             for frame in requests:
-                sequence = intake.feed(frame)
+                whole = intake.feed(frame)
                 # Not kept alive while the next one is waited for.
                 del frame
-                if sequence is not None:
-                    yield pb.Receipt(sequence=sequence)
+                if whole is not None:
+                    yield pb.Receipt(sequence=whole.sequence)
             intake.finish()
+
+    def OfferStream(  # noqa: N802
+        self, request: stage_pb2.OfferStreamRequest, context: Any
+    ) -> stage_pb2.OfferStreamReply:
+        run = self._run_of(request)
+        if run is None:
+            return stage_pb2.OfferStreamReply(reason="other-run", explanation=_OTHER_RUN)
+        return self._local_streams.take_over(request, run.other_servers)
 
     def OfferSharedBlock(  # noqa: N802
         self, request: stage_pb2.OfferSharedBlockRequest, context: Any
     ) -> stage_pb2.OfferSharedBlockReply:
-        held = self._held
-        if held is None or (held.executor.run.run, held.executor.run.generation) != (request.run, request.generation):
-            return stage_pb2.OfferSharedBlockReply(
-                reason="other-run", explanation="another run, or generation of it, is prepared here, or none"
-            )
-        return held.executor.run.shared.take_over(request)
+        run = self._run_of(request)
+        if run is None:
+            return stage_pb2.OfferSharedBlockReply(reason="other-run", explanation=_OTHER_RUN)
+        return run.shared.take_over(request)
 
     def Collect(self, request: stage_pb2.CollectRequest, context: Any) -> Iterator[bytes]:  # noqa: N802
         held = self._held
@@ -254,6 +264,16 @@ class StageService(stage_pb2_grpc.StageServiceServicer):
         if held is not None:
             held.executor.release(Aborted(f"Stage server {self._server} ends", got=reason))
             held.executor.wait_ended(_TAKE_OVER_SECONDS)
+        self._local_streams.close()
+
+    def _run_of(self, request: stage_pb2.OfferStreamRequest | stage_pb2.OfferSharedBlockRequest) -> RunState | None:
+        held = self._held
+        if held is None or (held.executor.run.run, held.executor.run.generation) != (request.run, request.generation):
+            return None
+        return held.executor.run
+
+    def _make_intake(self) -> Intake:
+        return Intake(self._find_run, self._limits.tensor_bytes)
 
     def _build(self, request: stage_pb2.PrepareRequest, fail: Callable[[GradwireError], None]) -> RunState:
         return RunState(

@@ -167,7 +167,7 @@ class SharedSender:
             self._hand_over(block)
         except BlockError as error:
             self._memory.give_back(block.size_bytes)
-            self._refused(error)
+            self.refused(error)
             return False
         with self._lock:
             if not self._closed:
@@ -179,8 +179,8 @@ class SharedSender:
         self._memory.give_back(block.size_bytes)
         return False
 
-    def _refused(self, error: BlockError) -> None:
-        """No more blocks: what is true of one will be of the next."""
+    def refused(self, error: BlockError) -> None:
+        """No more blocks: what is true of one will be of the next. On the stream's thread."""
         self._growing = False
         if self._closed:  # the stream was cut off meanwhile: that is all
             return

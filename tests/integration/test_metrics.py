@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import urllib.request
 
 import pytest
@@ -49,7 +50,14 @@ def test_a_run_shows_every_second_every_byte_and_only_its_own_parameters() -> No
             # What the plan says of the cut is what travels, and all of it has a gradient.
             planned = trainer.plan.stages[0].boundary_bytes * STEPS
             servers = sorted(cluster.status().servers, key=lambda server: list(server.activity.stages))
-            stages = [scrape(server.metrics_address) for server in servers]
+            # A message counts as sent when it is receipted, which may be a little after the step.
+            deadline = time.monotonic() + 5
+            while True:
+                stages = [scrape(server.metrics_address) for server in servers]
+                sent = total(stages[0], "gradwire_transfer_bytes_total", direction="sent", kind="forward")
+                if sent == planned or time.monotonic() > deadline:
+                    break
+                time.sleep(0.05)
         assert {total(samples, "gradwire_up") for samples in stages} == {1}
         for stage, samples in enumerate(stages):
             busy = total(samples, "gradwire_stage_busy_seconds_total", run=run, stage=str(stage))

@@ -1,4 +1,4 @@
-"""Senders against a real receiver: order, receipts, back-pressure, failures."""
+"""Senders against a real receiver, over gRPC and over a local socket: order, receipts, back-pressure, failures."""
 
 import threading
 import time
@@ -9,8 +9,16 @@ import pytest
 
 from gradwire_protocol.channels import bind, open_channel
 from gradwire_protocol.delivery import FrameSender
-from gradwire_protocol.errors import Aborted, ErrorInterceptor, InternalError, LimitExceeded, Unreachable
+from gradwire_protocol.errors import (
+    Aborted,
+    ErrorInterceptor,
+    GradwireError,
+    InternalError,
+    LimitExceeded,
+    Unreachable,
+)
 from gradwire_protocol.frames import FrameAssembler
+from gradwire_protocol.local_stream import QUIET_SECONDS, ReceivingEnd, connected_pair
 from gradwire_protocol.serving import register_with_raw_streams
 from gradwire_protocol.v1 import stage_pb2_grpc
 from gradwire_protocol.v1 import tensors_pb2 as pb
@@ -24,22 +32,57 @@ class Receiver(stage_pb2_grpc.StageServiceServicer):
         self.limit = 2**30
         self.started = threading.Event()
         self.ended = threading.Event()
+        self.local = None
 
     def Deliver(self, requests, context):
+        for whole in self.take(requests):
+            yield pb.Receipt(sequence=whole.header.sequence)
+
+    def take(self, frames):
         self.started.set()
         assembler = FrameAssembler(self.limit)
         try:
-            for frame in requests:
+            for frame in frames:
                 self.gate.wait()
                 if message := assembler.feed(frame):
                     self.messages.append(message)
-                    yield pb.Receipt(sequence=message.header.sequence)
+                    yield message
         finally:
             self.ended.set()
 
+    def connect(self):
+        own, other = connected_pair()
+        self.local = ReceivingEnd(other)
+        threading.Thread(target=self.serve_local, args=(self.local,)).start()
+        return own
 
-@pytest.fixture
-def receiver():
+    def serve_local(self, end):
+        try:
+            for whole in self.take(end.frames()):
+                end.receipt(whole.header.sequence, whole.header.tensor.size_bytes)
+            end.send_receipts()
+        except GradwireError as error:
+            end.fail(error)
+        except OSError:
+            pass  # it was cut off
+        finally:
+            end.close()
+
+    def vanish(self):
+        if self.local is not None:
+            self.local.cancel()
+        else:
+            self.server.stop(None).wait()
+
+    def sender(self, peer="peer", **options):
+        if self.over == "grpc":
+            return FrameSender(self.channel, peer, **options)
+        at_once = 2**16 if self.over == "socket, at once" else -1
+        return FrameSender(self.channel, peer, connect=self.connect, at_once_bytes=at_once, **options)
+
+
+@pytest.fixture(params=["grpc", "socket", "socket, at once", "no socket"])
+def receiver(request):
     servicer = Receiver()
     server = grpc.server(futures.ThreadPoolExecutor(4), interceptors=(ErrorInterceptor(),))
     register_with_raw_streams(
@@ -49,6 +92,9 @@ def receiver():
     server.start()
     servicer.server = server
     servicer.channel = open_channel(address)
+    servicer.over = request.param
+    if request.param == "no socket":
+        servicer.connect = lambda: None
     yield servicer
     servicer.gate.set()
     servicer.channel.close()
@@ -70,7 +116,7 @@ def wait_until(condition, seconds=5):
 
 def test_messages_arrive_whole_in_order_and_are_receipted(receiver):
     delivered = []
-    sender = FrameSender(receiver.channel, "peer", on_delivered=delivered.append)
+    sender = receiver.sender(on_delivered=delivered.append)
     sizes = [0, 1, 100, 2**20, 2**20 + 1, 3 * 2**20 + 7]
     for number, size in enumerate(sizes):
         sender.send(*message(size, str(number)))
@@ -87,7 +133,7 @@ def test_messages_arrive_whole_in_order_and_are_receipted(receiver):
 
 def test_send_queues_without_waiting_until_too_much_is_open(receiver):
     receiver.gate.clear()
-    sender = FrameSender(receiver.channel, "peer", maximum_queued_bytes=10 * 2**20)
+    sender = receiver.sender(maximum_queued_bytes=10 * 2**20)
     for _ in range(10):
         sender.send(*message(2**20))
     blocked = threading.Thread(target=sender.send, args=message(2**20))
@@ -105,12 +151,12 @@ def test_send_queues_without_waiting_until_too_much_is_open(receiver):
 
 def test_a_payload_may_be_made_on_the_senders_thread(receiver):
     header, data = message(5)
-    sender = FrameSender(receiver.channel, "peer")
+    sender = receiver.sender()
     sender.send(header, lambda: data)
     sender.flush(10)
     assert bytes(receiver.messages[0].payload) == bytes(5)
     failures = []
-    broken = FrameSender(receiver.channel, "peer", on_failure=failures.append)
+    broken = receiver.sender(on_failure=failures.append)
     broken.send(header, lambda: memoryview(b"")[3])
     with pytest.raises(InternalError, match="Cannot encode"):
         broken.flush(10)
@@ -122,7 +168,7 @@ def test_a_payload_may_be_made_on_the_senders_thread(receiver):
 def test_a_refusal_reaches_the_sender_as_the_receivers_typed_error(receiver):
     receiver.limit = 10
     failures = []
-    sender = FrameSender(receiver.channel, "peer", on_failure=failures.append)
+    sender = receiver.sender(on_failure=failures.append)
     sender.send(*message(100))
     with pytest.raises(LimitExceeded, match="too large"):
         sender.flush(10)
@@ -135,10 +181,10 @@ def test_a_refusal_reaches_the_sender_as_the_receivers_typed_error(receiver):
 
 def test_a_vanished_peer_is_reported(receiver):
     failures = []
-    sender = FrameSender(receiver.channel, "stage 1 at nowhere", on_failure=failures.append)
+    sender = receiver.sender("stage 1 at nowhere", on_failure=failures.append)
     sender.send(*message(1))
     sender.flush(10)
-    receiver.server.stop(None).wait()
+    receiver.vanish()
     wait_until(lambda: failures)
     with pytest.raises(Unreachable, match="stage 1 at nowhere"):
         sender.send(*message(1))
@@ -148,7 +194,7 @@ def test_a_vanished_peer_is_reported(receiver):
 
 def test_cancel_drops_what_is_queued(receiver):
     receiver.gate.clear()
-    sender = FrameSender(receiver.channel, "peer")
+    sender = receiver.sender()
     for _ in range(5):
         sender.send(*message(2**20))
     assert receiver.started.wait(5)
@@ -162,12 +208,12 @@ def test_cancel_drops_what_is_queued(receiver):
 
 def test_every_frame_that_the_network_takes_is_counted(receiver):
     frames = []
-    sender = FrameSender(receiver.channel, "peer", on_frame=lambda: frames.append(1))
+    sender = receiver.sender(on_frame=lambda: frames.append(1))
     header, payload = message(3 * 2**20 + 5)
     sender.send(header, payload)
     sender.flush(5)
     assert sender.unreceipted == (0, 0)
-    # The last one counts when gRPC comes for more.
+    # The last one counts when gRPC comes for more, or when it is written.
     wait_until(lambda: len(frames) == 4)
     assert len(frames) == 4
     receiver.gate.clear()
@@ -176,4 +222,25 @@ def test_every_frame_that_the_network_takes_is_counted(receiver):
     assert sender.unreceipted == (1, 10)
     receiver.gate.set()
     sender.flush(5)
+    sender.close()
+
+
+@pytest.mark.parametrize("receiver", ["socket", "socket, at once"], indirect=True)
+def test_over_a_socket_receipts_come_together_and_on_request(receiver):
+    delivered = []
+    sender = receiver.sender(on_delivered=delivered.append)
+    for _ in range(15):
+        sender.send(*message(10))
+    wait_until(lambda: len(receiver.messages) == 15)
+    assert sender.unreceipted == (15 - len(delivered), 10 * (15 - len(delivered)))
+    began = time.monotonic()
+    sender.flush(10)
+    assert time.monotonic() - began < QUIET_SECONDS / 2 or len(delivered) == 15
+    # Nobody asks: they come when it has been quiet for a while.
+    sender.send(*message(10))
+    wait_until(lambda: len(delivered) == 16)
+    assert len(delivered) == 16
+    sender.send(*message(2**20))
+    sender.flush(10)
+    assert all(0 < each.seconds < 5 for each in delivered)
     sender.close()

@@ -183,6 +183,30 @@ class CollectRequest(_message.Message):
     entry: int
     def __init__(self, run: _Optional[str] = ..., generation: _Optional[int] = ..., entry: _Optional[int] = ...) -> None: ...
 
+class OfferStreamRequest(_message.Message):
+    __slots__ = ("run", "generation", "server", "socket", "ticket")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    SERVER_FIELD_NUMBER: _ClassVar[int]
+    SOCKET_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    generation: int
+    server: str
+    socket: str
+    ticket: bytes
+    def __init__(self, run: _Optional[str] = ..., generation: _Optional[int] = ..., server: _Optional[str] = ..., socket: _Optional[str] = ..., ticket: _Optional[bytes] = ...) -> None: ...
+
+class OfferStreamReply(_message.Message):
+    __slots__ = ("accepted", "reason", "explanation")
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    EXPLANATION_FIELD_NUMBER: _ClassVar[int]
+    accepted: bool
+    reason: str
+    explanation: str
+    def __init__(self, accepted: bool = ..., reason: _Optional[str] = ..., explanation: _Optional[str] = ...) -> None: ...
+
 class OfferSharedBlockRequest(_message.Message):
     __slots__ = ("run", "generation", "server", "socket", "ticket", "slots", "slot_bytes")
     RUN_FIELD_NUMBER: _ClassVar[int]

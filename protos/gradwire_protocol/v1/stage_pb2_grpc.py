@@ -58,6 +58,11 @@ class StageServiceStub(object):
                 request_serializer=gradwire__protocol_dot_v1_dot_stage__pb2.CollectRequest.SerializeToString,
                 response_deserializer=gradwire__protocol_dot_v1_dot_tensors__pb2.TensorFrame.FromString,
                 _registered_method=True)
+        self.OfferStream = channel.unary_unary(
+                '/gradwire_protocol.v1.StageService/OfferStream',
+                request_serializer=gradwire__protocol_dot_v1_dot_stage__pb2.OfferStreamRequest.SerializeToString,
+                response_deserializer=gradwire__protocol_dot_v1_dot_stage__pb2.OfferStreamReply.FromString,
+                _registered_method=True)
         self.OfferSharedBlock = channel.unary_unary(
                 '/gradwire_protocol.v1.StageService/OfferSharedBlock',
                 request_serializer=gradwire__protocol_dot_v1_dot_stage__pb2.OfferSharedBlockRequest.SerializeToString,
@@ -122,8 +127,16 @@ class StageServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def OfferStream(self, request, context):
+        """Offers a socket that takes the place of a Deliver stream to this server, with the same frames. The server takes it
+        where it shares the sender's kernel, files and user; otherwise it says why, and the sender calls Deliver.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def OfferSharedBlock(self, request, context):
-        """Offers memory for the payloads of a Deliver stream to this server. The server takes it where it shares the
+        """Offers memory for the payloads of a stream to this server. The server takes it where it shares the
         sender's kernel, files and user; otherwise it says why, and payloads go in chunks as ever.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -180,6 +193,11 @@ def add_StageServiceServicer_to_server(servicer, server):
                     servicer.Collect,
                     request_deserializer=gradwire__protocol_dot_v1_dot_stage__pb2.CollectRequest.FromString,
                     response_serializer=gradwire__protocol_dot_v1_dot_tensors__pb2.TensorFrame.SerializeToString,
+            ),
+            'OfferStream': grpc.unary_unary_rpc_method_handler(
+                    servicer.OfferStream,
+                    request_deserializer=gradwire__protocol_dot_v1_dot_stage__pb2.OfferStreamRequest.FromString,
+                    response_serializer=gradwire__protocol_dot_v1_dot_stage__pb2.OfferStreamReply.SerializeToString,
             ),
             'OfferSharedBlock': grpc.unary_unary_rpc_method_handler(
                     servicer.OfferSharedBlock,
@@ -318,6 +336,33 @@ class StageService(object):
             '/gradwire_protocol.v1.StageService/Collect',
             gradwire__protocol_dot_v1_dot_stage__pb2.CollectRequest.SerializeToString,
             gradwire__protocol_dot_v1_dot_tensors__pb2.TensorFrame.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OfferStream(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradwire_protocol.v1.StageService/OfferStream',
+            gradwire__protocol_dot_v1_dot_stage__pb2.OfferStreamRequest.SerializeToString,
+            gradwire__protocol_dot_v1_dot_stage__pb2.OfferStreamReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,98 @@
+"""The two ends of a socket between processes of one host, and what a dishonest sender can do to one of them."""
+
+import socket
+import struct
+import threading
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gradwire_protocol.errors import FrameError, InternalError, LimitExceeded
+from gradwire_protocol.local_stream import (
+    MAXIMUM_FRAME_BYTES,
+    RECEIPT_MESSAGES,
+    ReceivingEnd,
+    SendingEnd,
+    connected_pair,
+)
+
+
+@pytest.fixture
+def ends():
+    one, other = connected_pair()
+    sending, receiving = SendingEnd(one), ReceivingEnd(other)
+    yield sending, receiving
+    sending.cancel()
+    sending.release()
+    sending.release()
+    receiving.close()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 300_000), max_size=8), st.booleans())
+def test_frames_arrive_as_they_were_written(sizes, at_once):
+    one, other = connected_pair()
+    sending, receiving = SendingEnd(one), ReceivingEnd(other)
+    frames = [bytes([number % 251]) * size for number, size in enumerate(sizes)]
+
+    def write():
+        if at_once:
+            sending.write_rest(sending.try_write(frames))
+        else:
+            for frame in frames:
+                sending.write(frame)
+        sending.end()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    assert list(receiving.frames()) == frames
+    writer.join()
+    receiving.close()
+    sending.release()
+    sending.release()
+
+
+def test_receipts_and_a_typed_error_arrive_in_order(ends):
+    sending, receiving = ends
+    for sequence in range(1, RECEIPT_MESSAGES + 3):
+        receiving.receipt(sequence, 8)
+    receiving.fail(LimitExceeded("Too much", expected="1", got="2"))
+    receipts = sending.receipts()
+    assert [sequence for sequence, _ in next(receipts)] == list(range(1, RECEIPT_MESSAGES + 3))
+    with pytest.raises(LimitExceeded, match="Too much") as caught:
+        next(receipts)
+    assert caught.value.expected == "1"
+
+
+def test_an_error_that_cannot_be_read_is_still_one(ends):
+    sending, receiving = ends
+    receiving._connection.sendall(struct.pack("<Qd", 2**64 - 1, 3.0) + b"\xff\xff\xff")
+    with pytest.raises(InternalError, match="cannot be read"):
+        list(sending.receipts())
+
+
+def test_what_no_honest_sender_writes_is_refused_before_anything_is_allocated(ends):
+    sending, receiving = ends
+    sending._connection.sendall(struct.pack("<I", MAXIMUM_FRAME_BYTES + 1))
+    with pytest.raises(FrameError, match="too large"):
+        next(receiving.frames())
+
+
+@pytest.mark.parametrize("written", [b"\x01", struct.pack("<I", 10) + b"abc", struct.pack("<I", 200_000) + b"abc"])
+def test_a_stream_that_ends_inside_a_frame_is_refused(ends, written):
+    sending, receiving = ends
+    sending._connection.sendall(written)
+    sending._connection.shutdown(socket.SHUT_WR)
+    with pytest.raises(FrameError, match="ended inside a frame"):
+        list(receiving.frames())
+
+
+def test_what_finds_no_room_is_left(ends):
+    sending, receiving = ends
+    frame = bytes(MAXIMUM_FRAME_BYTES)
+    rest = sending.try_write([frame])
+    assert 0 < len(rest) < len(frame)
+    assert sending.try_write([b"more"]) == struct.pack("<I", 4) + b"more"
+    threading.Thread(target=sending.write_rest, args=(rest,)).start()
+    assert next(receiving.frames()) == frame
