@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 import pytest
@@ -19,6 +20,7 @@ from gradwire_protocol.v1 import run_pb2, stage_pb2
 from gradwire_protocol.v1 import tensors_pb2 as pb
 from gradwire_stage.device import Arrived, CpuDevice
 from gradwire_stage.mailbox import OVERHEAD_BYTES
+from gradwire_stage.shared_memory import SharedMemory, SharedMemorySettings
 
 THREE = {"A": [0], "B": [1], "C": [2]}
 ROWS = 500
@@ -40,6 +42,13 @@ class Bounded(Cluster):
         made = super().request(name, **identity)
         made.bounds.add(direction=pb.DIRECTION_FORWARD, source_stage=0, value="h", messages=2, message_bytes=1000)
         return made
+
+
+def on_this_host(over: str, directory: Path) -> SharedMemory | None:
+    """What servers share: nothing where they speak over gRPC."""
+    if over == "grpc":
+        return None
+    return SharedMemory(SharedMemorySettings(directory=directory, maximum_bytes=2**24), lambda reason: None)
 
 
 class Peak:
@@ -65,16 +74,21 @@ class Peak:
                 self.size[name] = max(self.size[name], server.metric("gradwire_mailbox_bytes") or 0.0)
 
 
-@pytest.mark.parametrize("slow", ["A", "B", "C"])
+@pytest.mark.parametrize(
+    ("slow", "over"), [("A", "grpc"), ("B", "grpc"), ("C", "grpc"), ("B", "sockets"), ("C", "sockets")]
+)
 @pytest.mark.parametrize("kind", ["evaluate", "predict"])
-def test_very_many_micro_batches_before_a_slow_stage_stay_bounded(kind: str, slow: str) -> None:
+def test_very_many_micro_batches_before_a_slow_stage_stay_bounded(
+    kind: str, slow: str, over: str, tmp_path: Path
+) -> None:
     """They would take more than the whole mailbox, on each of the streams."""
     parts = 120
     credit, mailbox = 4 * MESSAGE, 40 * MESSAGE
     torch.manual_seed(1)
     x, y = torch.randn(2, parts * ROWS, 4, dtype=torch.float64)
     limits = {"credit_bytes": credit, "mailbox_bytes": mailbox, "send_bytes": credit, "outbox_bytes": mailbox}
-    with Cluster(THREE, devices={slow: SlowDevice(1)}, **limits) as cluster:
+    shared = on_this_host(over, tmp_path)
+    with Cluster(THREE, devices={slow: SlowDevice(1)}, shared_memory=shared, **limits) as cluster:
         cluster.open()
         with Peak(cluster) as peak:
             entry = cluster.submit_forward(kind, x, y if kind == "evaluate" else None, parts)
@@ -94,12 +108,14 @@ def test_very_many_micro_batches_before_a_slow_stage_stay_bounded(kind: str, slo
         assert max(peak.size.values()) <= 3 * (credit + 2 * MESSAGE)
 
 
-def test_training_with_room_for_next_to_nothing() -> None:
+@pytest.mark.parametrize("over", ["grpc", "sockets"])
+def test_training_with_room_for_next_to_nothing(over: str, tmp_path: Path) -> None:
     """Window and schedule fill every stream; only what is due keeps it from standing still."""
     torch.manual_seed(2)
     x, y = torch.randn(2, 12, 4, dtype=torch.float64)
     limits = {"credit_bytes": 1, "send_bytes": 1}
-    with Cluster(THREE, devices={"B": SlowDevice(1)}, **limits) as cluster:
+    shared = on_this_host(over, tmp_path)
+    with Cluster(THREE, devices={"B": SlowDevice(1)}, shared_memory=shared, **limits) as cluster:
         cluster.open()
         for _ in range(3):
             cluster.submit_step(x, y, 6, max_gradient_norm=1.0)
@@ -139,8 +155,10 @@ def test_a_stream_that_is_held_back_ends_with_the_run() -> None:
         assert server.metric("gradwire_mailbox_bytes") == 0
 
 
-def test_a_sender_that_waits_says_for_whom_and_ends_with_the_run() -> None:
-    with Cluster(THREE, credit_bytes=1, send_bytes=3 * MESSAGE) as cluster:
+@pytest.mark.parametrize("over", ["grpc", "sockets"])
+def test_a_sender_that_waits_says_for_whom_and_ends_with_the_run(over: str, tmp_path: Path) -> None:
+    limits = {"credit_bytes": 1, "send_bytes": 3 * MESSAGE}
+    with Cluster(THREE, shared_memory=on_this_host(over, tmp_path), **limits) as cluster:
         cluster.open()
         x = torch.randn(40 * ROWS, 4, dtype=torch.float64)
         entry = cluster.next_entry(evaluate=run_pb2.Evaluate())
