@@ -244,3 +244,23 @@ def test_over_a_socket_receipts_come_together_and_on_request(receiver):
     sender.flush(10)
     assert all(0 < each.seconds < 5 for each in delivered)
     sender.close()
+
+
+@pytest.mark.parametrize("receiver", ["socket", "no socket"], indirect=True)
+def test_a_sender_can_be_cut_off_while_it_connects(receiver):
+    connecting, go_on = threading.Event(), threading.Event()
+
+    def connect():
+        connecting.set()
+        go_on.wait()
+        return receiver.connect()
+
+    sender = FrameSender(receiver.channel, "peer", connect=connect)
+    sender.send(*message(10))
+    assert connecting.wait(5)
+    sender.cancel()
+    with pytest.raises(Aborted):
+        sender.flush(1)
+    go_on.set()
+    sender.close()
+    assert receiver.messages == []
