@@ -56,9 +56,12 @@ fuzz: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
 	$(BIN)/python tests/fuzz/frame_decoder.py -max_total_time=$(FUZZ_SECONDS)
 
+# A day's messages, and the reference job to its end, once for each codec.
 SOAK ?=
+CODEC_LOSS ?=
 soak: $(STAMP)
 	$(BIN)/python benchmarks/soak.py --check $(SOAK)
+	$(BIN)/python benchmarks/codec_loss.py --check $(CODEC_LOSS)
 
 # Sorted, so that each script stands beside the one for a single process.
 examples: $(STAMP)
