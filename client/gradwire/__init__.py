@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from gradwire.local_cluster import LocalCluster, local
     from gradwire.meta import meta_parameters
     from gradwire.plan import Plan
+    from gradwire.replanning import Replan
+    from gradwire.report import Report
     from gradwire.results import StepResult
     from gradwire.trainer import Trainer
     from gradwire.verification import Verification, verify
@@ -51,6 +53,8 @@ _HOMES = {
     "FileWeights": "gradwire.weights",
     "LocalCluster": "gradwire.local_cluster",
     "Plan": "gradwire.plan",
+    "Replan": "gradwire.replanning",
+    "Report": "gradwire.report",
     "Save": "gradwire.checkpoint.background",
     "ServerWeights": "gradwire.weights",
     "StepResult": "gradwire.results",
@@ -99,6 +103,8 @@ __all__ = [
     "OptimizerError",
     "Plan",
     "PlanError",
+    "Replan",
+    "Report",
     "RunNotFound",
     "Save",
     "ServerBusy",

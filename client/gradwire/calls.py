@@ -30,6 +30,24 @@ def create_run(channel: Any, target: str, request: coordinator_pb2.CreateRunRequ
     return layout
 
 
+def plan_run(channel: Any, target: str, request: coordinator_pb2.CreateRunRequest) -> coordinator_pb2.PlanReply:
+    """Ask what `create_run` would lay out, and what a step of it is expected to take; raises as that does."""
+    try:
+        reply: coordinator_pb2.PlanReply = coordinator_stub(channel).Plan(request, timeout=_CREATE_SECONDS)
+    except grpc.RpcError as error:
+        raise from_rpc_error(error, target=target) from None
+    return reply
+
+
+def replan_run(channel: Any, target: str, request: coordinator_pb2.ReplanRequest) -> coordinator_pb2.ReplanReply:
+    """Have a run planned anew, and another layout prepared if that pays; raises why it cannot be, or the run's end."""
+    try:
+        reply: coordinator_pb2.ReplanReply = coordinator_stub(channel).Replan(request, timeout=_CREATE_SECONDS)
+    except grpc.RpcError as error:
+        raise from_rpc_error(error, target=target) from None
+    return reply
+
+
 def begin_save(channel: Any, target: str, request: coordinator_pb2.BeginSaveRequest) -> coordinator_pb2.BeginSaveReply:
     """Announce a checkpoint that servers will write; raises why it cannot be written."""
     try:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import grpc
 
-from gradwire.calls import coordinator_stub
+from gradwire.calls import coordinator_stub, plan_run
 from gradwire.plan import Plan
 from gradwire_protocol.channels import TlsFiles, open_channel, parse_address
 from gradwire_protocol.errors import from_rpc_error
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from gradwire.graph.dynamic import Dynamic
+    from gradwire.run_plan import RunPlan
     from gradwire.trainer import Trainer
     from gradwire.weights import Weights
 
@@ -147,6 +148,43 @@ class Cluster:
         )
         self._trainers.add(trainer)
         return trainer
+
+    def plan(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        loss: Callable[..., Any] | nn.Module | None,
+        example: tuple[Any, ...] | Mapping[str, Any],
+        plan: Plan | None = None,
+        precision: str | None = None,
+        dynamic: Dynamic | None = None,
+        micro_batch_rows: int | None = None,
+    ) -> RunPlan:
+        """Return how a trainer with these arguments would be laid out, and what is expected of its steps.
+
+        Nothing is prepared, and no weights travel: the module may be on the meta device (see `meta_parameters`). As
+        many free servers as the plan needs are taken for as long as they measure what is not known of them. Errors as
+        of `trainer`.
+        """
+        from gradwire.run_plan import RunPlan
+        from gradwire.run_request import make_request  # imports torch
+
+        request = make_request(
+            model,
+            optimizer,
+            loss=loss,
+            example=example,
+            plan=plan or Plan(),
+            seed=0,
+            max_grad_norm=None,
+            precision=precision,
+            description="",
+            dynamic=dynamic,
+            micro_batch_rows=micro_batch_rows,
+        )
+        reply = plan_run(self.channel, self.target, request.message)
+        return RunPlan.from_proto(reply.plan, reply.timeline)
 
     @contextmanager
     def spare_servers(self, count: int, busy: Collection[str]) -> Iterator[None]:

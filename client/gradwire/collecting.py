@@ -17,6 +17,7 @@ import torch
 
 from gradwire.drive import Drive
 from gradwire.liveness import TICK_SECONDS
+from gradwire_protocol.activities import stage_names
 from gradwire_protocol.errors import Aborted, GradwireError, Stalled, Unreachable, from_rpc_error
 from gradwire_protocol.frames import Admission, FrameAssembler, Message
 from gradwire_protocol.torch_tensors import tensor_from
@@ -67,7 +68,8 @@ class Collector:
         stall_seconds: float,
         checksums: bool,
     ) -> None:
-        self._layout = layout
+        self._run = layout.run
+        self._generation = layout.generation
         self._drive = drive
         self._channels = open_channels
         self._stall_seconds = stall_seconds
@@ -76,6 +78,10 @@ class Collector:
         self._open: list[_Call] = []
         drive.liveness.add(self._check)
 
+    def begin_generation(self, generation: int) -> None:
+        """What is collected from now on is of this generation. While nothing is."""
+        self._generation = generation
+
     def collect(
         self,
         entry: int,
@@ -83,7 +89,7 @@ class Collector:
         takes: Sequence[Callable[[Result], None]],
     ) -> None:
         """Give `takes`, one for each server, the results that it has for an entry, as they come, on several threads."""
-        request = stage_pb2.CollectRequest(run=self._layout.run, generation=self._layout.generation, entry=entry)
+        request = stage_pb2.CollectRequest(run=self._run, generation=self._generation, entry=entry)
         calls = [_Call(server, entry, self._method(server)(request)) for server in servers]
         with self._lock:
             self._open += calls
@@ -164,8 +170,7 @@ def verdict(drive: Drive, error: GradwireError) -> GradwireError:
 
 def peer_name(server: coordinator_pb2.ServerLayout) -> str:
     """Return how errors name a server: "stage 1 on b at 10.0.0.2:7071"."""
-    stages = ", ".join(map(str, server.stages))
-    return f"stage {stages} on {server.server} at {server.address}"
+    return f"{stage_names(server.stages)} on {server.server} at {server.address}"
 
 
 def _content(message: Message) -> Value | None:

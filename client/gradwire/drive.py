@@ -84,6 +84,16 @@ class Drive:
             self._open.append((self._last_number, Future()))
             return self._last_number
 
+    def wait_idle(self) -> None:
+        """Wait until no entry is open. Raises the run's failure."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure or not self._open)
+            self._check()
+
+    def begin_generation(self, generation: int) -> None:
+        """Entries are of this generation from now on. While none is open."""
+        self._generation = generation
+
     def submit(self, entry: run_pb2.Entry) -> Future[run_pb2.EntryResult]:
         """Send the entry whose number was reserved last; its result comes in the future."""
         entry.generation = self._generation

@@ -16,7 +16,15 @@ MAXIMUM_WINDOW = 16
 SHORTEST_STALL_SECONDS = 1.0
 SHORTEST_STEP_SECONDS = 0.001
 LONGEST_LIMIT_SECONDS = 1e6
-_SCHEDULES = ("auto", "gpipe", "1f1b")
+# How many stages a server can have under each schedule: (least, most). The coordinator has the same table.
+_VIRTUAL_STAGES = {
+    "auto": (1, 16),
+    "gpipe": (1, 1),
+    "1f1b": (1, 1),
+    "interleaved-1f1b": (2, 16),
+    "zb-h1": (1, 1),
+    "zb-v": (2, 2),
+}
 _TRANSPORTS = ("auto", "grpc")
 _ZERO = ("auto", "none")
 
@@ -25,24 +33,27 @@ _ZERO = ("auto", "none")
 class Plan:
     """How a run is laid out. Every field has a default that is right for most; PlanError for a value that is not valid.
 
-    stages: pipeline stages, each on a stage server of its own.
+    stages: stage servers of the pipeline, one stage on each, or several with virtual_stages.
     replicas: copies of the pipeline that see other data.
     tensor: servers that share one stage's operators.
     microbatches: parts that a batch is cut into, along dimension 0; fewer where the batch has fewer rows.
-    schedule: "auto", "gpipe" or "1f1b".
+    schedule: "gpipe", "1f1b", "interleaved-1f1b", "zb-h1", "zb-v" (docs/schedules.md), or "auto": what a simulation
+        finds the fastest, one of these or an order made for the run's costs.
     exchange: how replicas agree on gradients.
     compression: codec of the gradients that replicas exchange.
     activation_compression: codec of the values between stages and of their gradients: "none", "bf16", "fp16", "int8"
         (blocks with a scale each), or "auto": measured on the links, and lossy only where that makes a step faster. One
-        for all boundaries, or a list with one for each, stages − 1 of them, for what the stage behind it reads.
+        for all boundaries, or a list with one for each, stages · virtual_stages − 1 of them, for what the stage behind
+        it reads. Within a server nothing is encoded.
     zero: sharding of the optimizer's state.
     recompute: run a stage's forward pass again before its backward pass, instead of keeping what that needs: for each
         micro-batch on its way a stage holds the values that it received, and no more.
-    virtual_stages: stages that one server hosts.
+    virtual_stages: stages on each server. Left at 1 under "interleaved-1f1b" and "zb-v", which need more, it becomes 2.
+        Under "auto" one stage on each is tried too, unless cuts or codecs are given for each stage.
     window: steps that may be open at once, 1 to 16.
     transport: what moves tensors between servers.
-    cuts: where the stages end: stages − 1 positions in the training graph's node list, or module paths
-        ("layers.4": that module's first node begins a new stage), in order. None: balanced by estimated cost.
+    cuts: where the stages end: stages · virtual_stages − 1 positions in the training graph's node list, or module
+        paths ("layers.4": that module's first node begins a new stage), in order. None: balanced by estimated cost.
     stall_seconds: the run fails with Stalled when what a step waits for has made no progress for this long: a server in
         the middle of one action, a message that does not come, this process. Longer than the longest single action.
     step_seconds: the run fails with Stalled when a step takes longer than this. None: no limit.
@@ -71,15 +82,17 @@ class Plan:
         for name in ("stages", "replicas", "tensor", "microbatches", "virtual_stages"):
             _check_count(name, getattr(self, name))
         _check_count("window", self.window, MAXIMUM_WINDOW)
-        for name in ("replicas", "tensor", "virtual_stages"):
+        for name in ("replicas", "tensor"):
             _check_supported(name, getattr(self, name), (1,))
         for name in ("recompute", "checksums"):
             if not isinstance(getattr(self, name), bool):
                 raise PlanError(f"{name} is not valid", expected="True or False", got=repr(getattr(self, name)))
-        _check_supported("schedule", self.schedule, _SCHEDULES)
+        _check_supported("schedule", self.schedule, tuple(_VIRTUAL_STAGES))
+        object.__setattr__(self, "virtual_stages", _checked_virtual_stages(self.virtual_stages, self.schedule))
+        stages = self.stages * self.virtual_stages
         _check_supported("exchange", self.exchange, ("ring",))
         _check_supported("compression", self.compression, ("none",))
-        codecs = _checked_codecs(self.activation_compression, self.stages)
+        codecs = _checked_codecs(self.activation_compression, stages)
         object.__setattr__(self, "activation_compression", codecs)
         _check_supported("zero", self.zero, _ZERO)
         _check_supported("transport", self.transport, _TRANSPORTS)
@@ -87,7 +100,7 @@ class Plan:
         if self.step_seconds is not None:
             _check_seconds("step_seconds", self.step_seconds, SHORTEST_STEP_SECONDS)
         if self.cuts is not None:
-            object.__setattr__(self, "cuts", _checked_cuts(self.cuts, self.stages))
+            object.__setattr__(self, "cuts", _checked_cuts(self.cuts, stages))
 
     @property
     def activation_codecs(self) -> tuple[str, ...]:
@@ -120,6 +133,7 @@ class Plan:
                 )
         return run_pb2.Plan(
             stages=self.stages,
+            virtual_stages=self.virtual_stages,
             replicas=self.replicas,
             tensor=self.tensor,
             micro_batches=self.microbatches,
@@ -160,6 +174,21 @@ def _check_supported(name: str, value: Any, supported: tuple[Any, ...]) -> None:
         )
 
 
+def _checked_virtual_stages(virtual_stages: int, schedule: str) -> int:
+    """Return how many stages each server has: the fewest that the schedule needs, where the plan does not say."""
+    least, most = _VIRTUAL_STAGES[schedule]
+    if virtual_stages == 1:
+        return least
+    if virtual_stages > most:
+        raise PlanError(
+            f"The schedule {schedule} is not made for {virtual_stages} virtual stages",
+            expected=f"{least}" if least == most else f"{least} to {most}",
+            got=str(virtual_stages),
+            remedy=f"set virtual_stages to {most}, or take another schedule",
+        )
+    return virtual_stages
+
+
 def _checked_codecs(codecs: Any, stages: int) -> str | tuple[str, ...]:
     """Return one codec for all boundaries, or one for each."""
     several = not isinstance(codecs, str) and isinstance(codecs, Sequence)
@@ -183,9 +212,9 @@ def _checked_cuts(cuts: Any, stages: int) -> tuple[int | str, ...]:
     if len(cuts) != stages - 1:
         raise PlanError(
             "The number of cuts does not fit the number of stages",
-            expected=f"{stages - 1} cuts for {stages} stages",
+            expected=f"{stages - 1} cuts for {stages} stages (stages · virtual_stages)",
             got=f"{len(cuts)}: {list(cuts)}",
-            remedy="set stages to the number of cuts + 1",
+            remedy="set stages and virtual_stages so that their product is the number of cuts + 1",
         )
     for cut in cuts:
         if isinstance(cut, int) and cut < 1:

@@ -86,6 +86,16 @@ class Session:
     def submit(self, entry: run_pb2.Entry) -> Future[run_pb2.EntryResult]:
         return self._drive.submit(entry)
 
+    def wait_idle(self) -> None:
+        """Wait until no entry is open. Raises the run's failure."""
+        self._drive.wait_idle()
+
+    def begin_generation(self, layout: coordinator_pb2.CreateRunReply) -> None:
+        """Go on with another layout on the same servers. While no entry is open, and nothing is collected."""
+        self._layout = layout
+        self._drive.begin_generation(layout.generation)
+        self._collector.begin_generation(layout.generation)
+
     @property
     def run(self) -> str:
         """The run's identifier."""
@@ -184,6 +194,12 @@ class Session:
         """
         servers = [server for server in self.servers if server.owned_tensors]
         self._collector.collect(entry, servers, [take] * len(servers))
+
+    def fail(self, error: GradwireError) -> GradwireError:
+        """End the run, which cannot go on; return its failure: the coordinator's, if it gives one in time."""
+        failure = self._verdict(error)
+        self._drive.fail(failure)
+        return failure
 
     def abort(self) -> None:
         """End the run at once, whatever it is doing, and close all connections. Idempotent."""

@@ -19,26 +19,27 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import nn
 
-from gradwire.arguments import check_trainer_arguments
 from gradwire.batches import Batch, as_arguments, batches_of, length_of
 from gradwire.calls import create_run
 from gradwire.checkpoint.background import Save
 from gradwire.checkpoint.run import RunCheckpoints, Storage
 from gradwire.dispatch import Dispatched, Dispatcher, evaluate, predict
-from gradwire.graph import ExportedModel, export_model
+from gradwire.graph import ExportedModel
 from gradwire.graph.dynamic import Dynamic
-from gradwire.graph.precision import precision_type
-from gradwire.optimizers import OptimizerReader
+from gradwire.measured_steps import MeasuredSteps
 from gradwire.plan import Plan
 from gradwire.progress import is_terminal, with_progress
+from gradwire.replanning import MINIMUM_GAIN, Replan, check_minimum_gain, replan
+from gradwire.report import Report, make_report
 from gradwire.results import StepResult, step_result
+from gradwire.run_plan import RunPlan
+from gradwire.run_request import make_request
 from gradwire.session import Session
 from gradwire.state import StateNames
 from gradwire.verification import Verification, verify
 from gradwire.weights import Weights, WeightSource
 from gradwire_protocol.errors import ModelError, OptimizerError, SettingsError
-from gradwire_protocol.torch_tensors import DATA_TYPES
-from gradwire_protocol.v1 import coordinator_pb2, graph_pb2, run_pb2, tensors_pb2
+from gradwire_protocol.v1 import graph_pb2, run_pb2
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -79,9 +80,19 @@ class Trainer:
         dynamic: Dynamic | None = None,
         micro_batch_rows: int | None = None,
     ) -> None:
-        check_trainer_arguments(model, plan, seed, max_grad_norm, micro_batch_rows)
-        data_type = precision_type(precision, model)
-        batch = as_arguments(example)
+        request = make_request(
+            model,
+            optimizer,
+            loss=loss,
+            example=example,
+            plan=plan,
+            seed=seed,
+            max_grad_norm=max_grad_norm,
+            precision=precision,
+            description=description,
+            dynamic=dynamic,
+            micro_batch_rows=micro_batch_rows,
+        )
         self._cluster = cluster
         self._model = weakref.ref(model)
         self._loss = loss
@@ -90,28 +101,13 @@ class Trainer:
         self._precision = precision
         self._seed = seed
         self._step = 0
-        self._exported = export_model(
-            model, loss, batch, dynamic=dynamic, precision=data_type, micro_batch_rows=micro_batch_rows
-        )
+        self._measured = MeasuredSteps()
+        self._expected_rows = request.message.plan.expected_rows
+        self._exported = request.exported
         self._proto = self._exported.proto
-        tensors = dict(self._exported.tensors)
-        source = WeightSource(weights, model, self._proto, tensors)
-        self._optimizer = OptimizerReader(optimizer, model, tensors)
-        rows = self._exported.flatten_batch(batch, graph_pb2.GRAPH_KIND_TRAIN).rows
-        if micro_batch_rows is not None:
-            rows = micro_batch_rows * plan.microbatches
-        request = coordinator_pb2.CreateRunRequest(
-            model=self._proto,
-            plan=plan.to_proto(
-                rows=rows,
-                cut_before=self._exported.cut_before,
-                precision=tensors_pb2.DATA_TYPE_UNSPECIFIED if data_type is None else DATA_TYPES[data_type],
-            ),
-            optimizer=self._optimizer.describe(),
-            seed=seed,
-            description=description or type(model).__name__,
-        )
-        self._layout = create_run(cluster.channel, cluster.target, request)
+        source = WeightSource(weights, model, self._proto, request.tensors)
+        self._optimizer = request.optimizer
+        self._layout = create_run(cluster.channel, cluster.target, request.message)
         owned = (name for server in self._layout.servers for name in server.owned_tensors)
         self._names = StateNames(model, self._proto.tensors, owned)
         self._session = Session(
@@ -129,7 +125,7 @@ class Trainer:
             self._names,
             self._optimizer,
             self._proto,
-            tensors=tensors,
+            tensors=request.tensors,
             seed=seed,
         )
         try:
@@ -162,9 +158,9 @@ class Trainer:
         return self._step
 
     @property
-    def plan(self) -> coordinator_pb2.PlanSummary:
-        """The plan as it is carried out: schedule, and each stage's nodes, modules, parameters and estimates."""
-        return self._layout.plan
+    def plan(self) -> RunPlan:
+        """The plan as it is carried out: its stages and servers, and what is expected of a step, with alternatives."""
+        return RunPlan.from_proto(self._layout.plan, self._layout.timeline)
 
     @property
     def servers(self) -> tuple[str, ...]:
@@ -249,6 +245,46 @@ class Trainer:
         step = self._dispatch_step(args or kwargs, return_gradients=True)
         gradients = self._collect_tensors(step.sent.number, step.sent.future)
         return step.wait(), gradients
+
+    def report(self, *, steps: int = 20) -> Report:
+        """Compare what the plan predicts of a step with what the last steps took, and say what to do about it.
+
+        steps: how many of the last finished ones at most; the first of a plan warms up, and does not count.
+        SettingsError if there are none.
+        """
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise SettingsError("steps is not valid", expected="a whole number, 1 or more", got=repr(steps))
+        return make_report(
+            self.plan,
+            self._measured.last(steps),
+            self.servers,
+            rows=self._expected_rows,
+            recompute=self._plan.recompute,
+        )
+
+    def replan(self, *, minimum_gain: float = MINIMUM_GAIN) -> Replan:
+        """Plan anew from what the steps so far have taken, and move the cuts if a step is expected to be faster.
+
+        Waits for all steps in flight, and for checkpoints that are being written. The state stays on the servers, and
+        moves from one to another where it must: training goes on as if nothing had happened, on the same servers. Cuts
+        that the plan gave do not hold any more. minimum_gain: the share of a step that must be expected to be saved;
+        otherwise nothing changes. PlanError if no step was measured: the first one of a layout warms up, and does not
+        count. Whatever fails while the state moves ends the run.
+        """
+        check_minimum_gain(minimum_gain)
+        self._checkpoints.settle()
+        self._checkpoints.report()
+        reply = replan(self._session, minimum_gain)
+        if reply.moved:
+            self._layout = reply.layout
+            self._measured.begin_anew()
+        return Replan(
+            moved=reply.moved,
+            seconds_before=reply.seconds_before,
+            seconds_after=reply.seconds_after,
+            tensors=len(reply.new_plan.moves),
+            plan=self.plan,
+        )
 
     def verify(self, batch: Any, *, double: bool = True) -> Verification:
         """Compare one step of this run's model, from its current weights, with the same step in this process.
@@ -349,6 +385,7 @@ class Trainer:
         sent = self._dispatcher.send(batch, graph_pb2.GRAPH_KIND_TRAIN, entry)
         self._step += 1
         self._optimizer.mark_dispatched()
+        self._measured.follow(self._step, sent.rows, sent.future)
         return _OpenStep(self._step, sent)
 
     def _collect_tensors(self, number: int, future: Future[run_pb2.EntryResult]) -> dict[str, torch.Tensor]:

@@ -6,10 +6,11 @@ import tempfile
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from gradwire_coordinator.cost_book import CostBook
 from gradwire_coordinator.log import RunLog
 from gradwire_coordinator.metrics import Metrics
 from gradwire_coordinator.registry import Registry
@@ -40,13 +41,18 @@ def serve(settings: CoordinatorSettings, ready_fd: int | None = None) -> None:
             ),
         )
         stack.callback(service.stop)
+
+        def dial(address: str) -> Any:
+            return open_channel(address, settings.tls, insecure=settings.insecure)
+
         coordinator = Coordinator(
             log=log,
             registry=Registry(lease_seconds=settings.lease_seconds, heartbeat_seconds=settings.heartbeat_seconds),
             metrics=Metrics(service.registry, version("gradwire")),
-            connect=lambda address: open_channel(address, settings.tls, insecure=settings.insecure),
+            connect=dial,
             version=version("gradwire"),
             checkpoint_root=settings.checkpoint_root,
+            costs=CostBook(dial, directory=directory / "costs", seconds=settings.profiling_seconds),
         )
         stack.callback(coordinator.close)
         coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(coordinator, service.server)  # type: ignore[no-untyped-call]
@@ -66,6 +72,9 @@ def command(
     ] = None,
     lease_seconds: Annotated[float | None, typer.Option(help="A server this long silent is taken for lost.")] = None,
     heartbeat_seconds: Annotated[float | None, typer.Option(help="How often servers report.")] = None,
+    profiling_seconds: Annotated[
+        float | None, typer.Option(help="To measure a new model's nodes in, on each kind of device; 0: estimate them.")
+    ] = None,
     tls_authority: Annotated[Path | None, typer.Option(help="PEM file of the authority that both sides trust.")] = None,
     tls_certificate: Annotated[Path | None, typer.Option(help="PEM file of this service's certificate.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM file of its private key.")] = None,
@@ -88,6 +97,7 @@ def command(
         "checkpoint_root": checkpoint_root,
         "lease_seconds": lease_seconds,
         "heartbeat_seconds": heartbeat_seconds,
+        "profiling_seconds": profiling_seconds,
         "tls_authority": tls_authority,
         "tls_certificate": tls_certificate,
         "tls_key": tls_key,

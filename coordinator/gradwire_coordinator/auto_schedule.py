@@ -25,9 +25,13 @@ from gradwire_protocol.program import BACKWARD, INPUT_GRADIENT, WEIGHT_GRADIENT,
 _TIE = 1e-9
 # Of the best, as a factor: not worth another micro-batch in memory.
 _NEARLY = 1.002
-# In actions that are scheduled or simulated: a second or so.
-_BUDGET = 100_000
+# In actions that are scheduled or simulated: a quarter of a second or so. Four times as many find next to nothing more.
+_BUDGET = 25_000
 _FEWEST_TRIES = 20
+# In micro-batches of stages: for more of them, trying even the fewest rules would take seconds. And in micro-batches:
+# with more of them there is next to no bubble left to fill.
+_LARGEST = 2_048
+_MOST_MICRO_BATCHES = 128
 _MADE = "auto"
 
 
@@ -60,18 +64,22 @@ def best_schedule(
     """Return the fastest schedule of a step on these stages, of the named ones and one made for it.
 
     limits: bytes of activations that each server may hold; None: any. splits: whether backwards may be in two parts.
-    Of equally fast ones that with fewer backwards in two parts is taken, then with less memory. PlanError if none fits.
+    Of very many actions the named ones only are compared, as far as one fits. Of equally fast ones that with fewer
+    backwards in two parts is taken, then with less memory. PlanError if none fits.
     """
     if limits is not None:
         _check_limits(costs, limits)
     named = [
-        _candidate(name, programs, costs, limits)
+        make_candidate(name, programs, costs, limits)
         for name, programs in named_programs(costs.placement, micro_batches).items()
     ]
     named = [candidate for candidate in named if splits or not candidate.split_backwards]
-    made = list(_made(costs, micro_batches, limits, splits=splits))
-    fitting = [candidate for candidate in (*named, *made) if candidate.fits]
-    joined = _join(min(fitting, key=_key), costs, limits)
+    small = micro_batches * len(costs.placement) <= _LARGEST and micro_batches <= _MOST_MICRO_BATCHES
+    fitting = [candidate for candidate in named if candidate.fits]
+    if small or not fitting:
+        fitting += [candidate for candidate in _made(costs, micro_batches, limits, splits=splits) if candidate.fits]
+    best = min(fitting, key=_key)
+    joined = _join(best, costs, limits) if small else best
     compared = {candidate.name: candidate for candidate in named}
     if joined.name == _MADE:
         compared[_MADE] = joined
@@ -85,7 +93,7 @@ def warm_up_depth(costs: StepCosts, micro_batches: int, limits: Sequence[float] 
     One stage a server. Each of them hides a little more of what links take, and holds one more micro-batch.
     """
     found = [
-        _candidate("1f1b", one_f_one_b(len(costs.placement), micro_batches, extra), costs, limits)
+        make_candidate("1f1b", one_f_one_b(len(costs.placement), micro_batches, extra), costs, limits)
         for extra in range(1 + min(len(costs.placement), micro_batches))
     ]
     fitting = [candidate for candidate in found if candidate.fits] or found[:1]
@@ -103,7 +111,7 @@ def _made(costs: StepCosts, micro_batches: int, limits: Sequence[float] | None, 
         if programs is None or (key := tuple(map(tuple, programs))) in seen:
             continue
         seen.add(key)
-        candidate = _candidate(_MADE, programs, costs, limits)
+        candidate = make_candidate(_MADE, programs, costs, limits)
         yield candidate
         if candidate.fits and candidate.simulation.seconds <= least * (1 + _TIE):
             return
@@ -131,7 +139,8 @@ def _all_rules(costs: StepCosts, *, splits: bool) -> Iterator[Rules]:
                         yield Rules(ahead, split_last, waiting, patience, alternate, deep)
 
 
-def _candidate(name: str, programs: Programs, costs: StepCosts, limits: Sequence[float] | None) -> Candidate:
+def make_candidate(name: str, programs: Programs, costs: StepCosts, limits: Sequence[float] | None) -> Candidate:
+    """Return a schedule with what a step of it takes; `fits`: within the limits, where there are any."""
     simulation = simulate(costs.whole_step(programs), costs)
     fits = limits is None or all(held <= limit for held, limit in zip(simulation.peak_bytes, limits, strict=True))
     return Candidate(name, programs, simulation, fits)
@@ -164,7 +173,7 @@ def _join(candidate: Candidate, costs: StepCosts, limits: Sequence[float] | None
             continue
         tries -= 1
         programs = [*best.programs[:server], program, *best.programs[server + 1 :]]
-        joined = _candidate(_MADE, programs, costs, limits)
+        joined = make_candidate(_MADE, programs, costs, limits)
         if joined.fits and joined.simulation.seconds <= best.simulation.seconds + tie:
             best, changed = joined, True
         elif behind - first > 1:

@@ -38,12 +38,36 @@ def untaken_bounds(programs: Programs, route: Sequence[int]) -> dict[Flow, int]:
     the execution in which the receiver stands still while all others go on as far as they can. A server that hosts
     several consumers gets a forward value once, for the first of them; within a server there are no messages.
     """
+    return _Sends(programs).bounds(route)
+
+
+class _Sends:
+    """What makes messages in a set of programs, by stage, for many routes."""
+
+    def __init__(self, programs: Programs) -> None:
+        # (place in its program, action)
+        self._of_stage: dict[int, list[tuple[int, Action]]] = {}
+        self._server_of: dict[int, int] = {}
+        for server, program in enumerate(programs):
+            for place, action in enumerate(program):
+                sending = _sending(action)
+                if sending is not None:
+                    self._of_stage.setdefault(sending.stage, []).append((place, sending))
+                    self._server_of[sending.stage] = server
+
+    def bounds(self, route: Sequence[int]) -> dict[Flow, int]:
+        """Return the bound of each flow of a value with this route."""
+        by_server: dict[int, list[tuple[int, Action]]] = {}
+        for stage in dict.fromkeys(route):
+            by_server.setdefault(self._server_of[stage], []).extend(self._of_stage[stage])
+        # The rest of what these servers do takes no time, and waits for nothing.
+        return _bounds([[action for _, action in sorted(own)] for own in by_server.values()], route)
+
+
+def _bounds(own: Programs, route: Sequence[int]) -> dict[Flow, int]:
+    """Return the bounds from programs of what the route's stages send, one for each of their servers."""
     flows = _flows(route)
     needs = {(flow.target, flow.kind): (flow.source, flow.kind) for flow in flows}
-    on_route = frozenset(route)
-    # What the route's stages do, by server: the rest of what their servers do takes no time, and waits for nothing.
-    senders = [[_sending(action) for action in program if action.stage in on_route] for program in programs]
-    own = [actions for sending in senders if (actions := [action for action in sending if action is not None])]
     host = {action.stage: server for server, program in enumerate(own) for action in program}
     bounds = dict.fromkeys(_between_servers(flows, host), 0)
     for receiver in {host[flow.target] for flow in bounds}:
@@ -93,14 +117,15 @@ def message_bounds(
     """
     by_stage: dict[int, list[stage_pb2.UntakenBound]] = {}
     by_route: dict[tuple[int, ...], dict[Flow, int]] = {}
+    sends = [_Sends(each) for each in (programs, *fewer)]
     for stage, segment in sorted(segments.items()):
         for made in segment.outgoing:
             route = (stage, *made.consumer_stages)
             if route not in by_route:
-                by_route[route] = untaken_bounds(programs, route)
-                for others in fewer:
-                    for flow, messages in untaken_bounds(others, route).items():
-                        by_route[route][flow] = max(by_route[route][flow], messages)
+                found = by_route[route] = sends[0].bounds(route)
+                for others in sends[1:]:
+                    for flow, messages in others.bounds(route).items():
+                        found[flow] = max(found[flow], messages)
             for flow, messages in by_route[route].items():
                 by_stage.setdefault(flow.target, []).append(
                     stage_pb2.UntakenBound(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from gradwire_coordinator.costs import BACKWARD_TO_FORWARD, Rates
+from gradwire_coordinator.costs import Rates
 from gradwire_coordinator.link_rates import LinkRate
 from gradwire_coordinator.simulator import LinkSeconds, StageSeconds, step_seconds
 from gradwire_protocol.codecs import AUTO, CODEC_NAMES, FLOATING, codec_for, encoded_bytes
@@ -30,7 +30,7 @@ _CALL_SECONDS = {"none": 0.0, "bf16": 10e-6, "fp16": 10e-6, "int8": 100e-6}
 
 @dataclass(frozen=True)
 class Travelling:
-    """A value that a stage reads of stages before it, in one micro-batch."""
+    """A value that a stage reads of stages on other servers, in one micro-batch."""
 
     data_type: int
     elements: int
@@ -42,10 +42,10 @@ class Travelling:
 
 @dataclass(frozen=True)
 class Boundary:
-    """What lies between a stage and the next; `link`: why it could not be measured, if so."""
+    """What lies between a stage and the next; `link`: why it could not be measured, if so; None: both on one server."""
 
     values: tuple[Travelling, ...]
-    link: LinkRate | GradwireError
+    link: LinkRate | GradwireError | None
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,16 @@ def travelling_bytes(value: Travelling, codec: str) -> int:
 def choose_codecs(
     asked: Sequence[str],
     programs: Sequence[Sequence[Action]],
-    seconds: Sequence[float],
+    seconds: Sequence[StageSeconds],
     rates: Sequence[Rates],
     boundaries: Sequence[Boundary],
 ) -> list[Choice]:
-    """Return the choice for each boundary, between stage b and b + 1.
+    """Return the choice for each boundary, between stage b and b + 1; within a server there is no codec.
 
-    asked: a codec or "auto" for each. programs: a step's, by stage. seconds: forward and backward of one micro-batch on
-    each stage. Starts with the smallest codec everywhere, and takes a better one where that costs no time.
+    asked: a codec or "auto" for each. programs: a step's, by server. seconds: of one micro-batch on each stage. rates:
+    of each stage's device. Starts with the smallest codec everywhere, and takes a better one where that costs no time.
     """
+    asked = ["none" if boundary.link is None else codec for codec, boundary in zip(asked, boundaries, strict=True)]
     chosen = [_CANDIDATES[-1] if codec == AUTO else codec for codec in asked]
     open_ones = [place for place, codec in enumerate(asked) if codec == AUTO]
     for place in open_ones:
@@ -104,7 +105,7 @@ def choose_codecs(
     ]
 
 
-def _reason(place: int, link: LinkRate | GradwireError, time_with: Callable[[int, str], float]) -> str:
+def _reason(place: int, link: LinkRate | GradwireError | None, time_with: Callable[[int, str], float]) -> str:
     if isinstance(link, GradwireError):
         return f"the link could not be measured: {link.message}"
     estimates = ", ".join(f"{codec} {time_with(place, codec):.3g} s" for codec in _CANDIDATES)
@@ -114,12 +115,25 @@ def _reason(place: int, link: LinkRate | GradwireError, time_with: Callable[[int
 def _step_seconds(
     codecs: Sequence[str],
     programs: Sequence[Sequence[Action]],
-    seconds: Sequence[float],
+    seconds: Sequence[StageSeconds],
     rates: Sequence[Rates],
     boundaries: Sequence[Boundary],
 ) -> float:
-    forward = [whole / (1 + BACKWARD_TO_FORWARD) for whole in seconds]
-    backward = [whole - part for whole, part in zip(seconds, forward, strict=True)]
+    return step_seconds(programs, *with_transfers(codecs, seconds, rates, boundaries))
+
+
+def with_transfers(
+    codecs: Sequence[str],
+    seconds: Sequence[StageSeconds],
+    rates: Sequence[Rates],
+    boundaries: Sequence[Boundary],
+) -> tuple[list[StageSeconds], list[LinkSeconds]]:
+    """Return what stages take with encoding and decoding, and what links between stage b and b + 1 take.
+
+    A link that could not be measured counts as one that takes no time.
+    """
+    forward = [0.0] * len(seconds)
+    backward = [0.0] * len(seconds)
     links = []
     for place, (codec, boundary) in enumerate(zip(codecs, boundaries, strict=True)):
         with_gradient = [value for value in boundary.values if value.has_gradient]
@@ -134,11 +148,12 @@ def _step_seconds(
                 sum(travelling_bytes(value, codec) for value in with_gradient),
             )
         )
-    return step_seconds(programs, [StageSeconds(*both) for both in zip(forward, backward, strict=True)], links)
+    loaded = [stage.plus(*both) for stage, *both in zip(seconds, forward, backward, strict=True)]
+    return loaded, links
 
 
-def _link_seconds(link: LinkRate | GradwireError, sent: int, returned: int) -> LinkSeconds:
-    if isinstance(link, GradwireError):
+def _link_seconds(link: LinkRate | GradwireError | None, sent: int, returned: int) -> LinkSeconds:
+    if not isinstance(link, LinkRate):
         return LinkSeconds(0.0, 0.0, 0.0)
     return LinkSeconds(sent / link.forward, returned / link.backward, link.round_trip_seconds / 2)
 

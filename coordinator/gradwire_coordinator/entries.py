@@ -41,6 +41,13 @@ class EntryRules:
         self._has_predict = has_predict
         self._last_number = 0
         self._last_step = 0
+        # What must come next, where another layout has taken over.
+        self._announced: run_pb2.NewPlan | None = None
+
+    def begin_generation(self, generation: int, announced: run_pb2.NewPlan) -> None:
+        """Another layout has taken over: entries are of this generation from now on, and this is the first of them."""
+        self._generation = generation
+        self._announced = announced
 
     def check(self, entry: run_pb2.Entry, open_entries: int) -> None:
         """Take the next entry, with so many before it unfinished; a typed error if it is not valid."""
@@ -74,7 +81,9 @@ class EntryRules:
                 expected="LoadState as entry 1",
                 got=f"{kind} as entry {entry.number}",
             )
-        if kind == "load_state":
+        if kind == "new_plan" or self._announced is not None:
+            self._check_new_plan(entry)
+        elif kind == "load_state":
             self._check_load(entry.load_state)
         elif kind == "train_step":
             self._check_step(entry.train_step)
@@ -92,6 +101,15 @@ class EntryRules:
             check_save(entry.save_state)
         elif kind is None:
             raise FrameError("An entry of no known kind", got=f"entry {entry.number}")
+
+    def _check_new_plan(self, entry: run_pb2.Entry) -> None:
+        if self._announced is None or entry.new_plan != self._announced:
+            raise FrameError(
+                "A new plan is the first entry of the generation that was prepared for it",
+                expected="no NewPlan" if self._announced is None else "the NewPlan that Replan has answered",
+                got=f"{entry.WhichOneof('kind')} as entry {entry.number}",
+            )
+        self._announced = None
 
     def _check_load(self, load: run_pb2.LoadState) -> None:
         _check_weights(load)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import grpc
 
+from gradwire_protocol.activities import stage_names
 from gradwire_protocol.errors import (
     Aborted,
     GradwireError,
@@ -34,7 +35,8 @@ _CONSEQUENCES = (Unreachable, Aborted, StageFailed, StaleGeneration)
 class Evidence:
     """One server's failure, as the coordinator has it."""
 
-    stage: int
+    # That the server hosts.
+    stages: Sequence[int]
     server: str
     address: str
     # "during entry 7", "between entries".
@@ -53,7 +55,7 @@ class Evidence:
 
     def as_error(self) -> GradwireError:
         """Return the error that the client gets."""
-        where = f"Stage {self.stage} (server {self.server} at {self.address})"
+        where = f"{stage_names(self.stages).capitalize()} (server {self.server} at {self.address})"
         if self.reported is None:
             return StageFailed(
                 f"{where} was lost {self.moment}",

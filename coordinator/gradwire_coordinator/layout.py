@@ -1,29 +1,26 @@
-"""Lays a run out: from a checked model, a plan and servers to what each server and the client must know.
+"""Lays a planned run out: what each server and the client must know of it.
 
-Pure: one server a stage, in the order given. Leaves to others: choosing the servers (`registry.py`), and preparing them
-(`run.py`).
+Pure. Leaves to others: choosing the servers (`registry.py`), the cut and the schedule (`planner.py`), what is told of
+them (`plan_summary.py`), and preparing the servers (`run.py`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gradwire_coordinator.boundaries import Boundaries, asked_codecs
 from gradwire_coordinator.bounds import message_bounds
-from gradwire_coordinator.codec_choice import Choice
-from gradwire_coordinator.costs import device_rates, node_seconds, rows_per_micro_batch, travelling_values
+from gradwire_coordinator.costs import rows_per_micro_batch
 from gradwire_coordinator.graph_index import value_bytes
-from gradwire_coordinator.link_rates import LinkRate
 from gradwire_coordinator.model_checks import IndexedModel
-from gradwire_coordinator.partition import check_cuts, partition
-from gradwire_coordinator.programs import ProgramBook, choose_schedule, recomputing_stages, training_programs
+from gradwire_coordinator.placement import hosted
+from gradwire_coordinator.plan_summary import summarise
+from gradwire_coordinator.planner import PlannedRun
+from gradwire_coordinator.programs import ChosenSchedule, ProgramBook
 from gradwire_coordinator.registry import Server
-from gradwire_coordinator.segments import Segments, make_segments
 from gradwire_coordinator.timetable import check_programs, draw
+from gradwire_coordinator.ways import CutModel
 from gradwire_protocol.codecs import CODEC_NAMES
-from gradwire_protocol.errors import GradwireError
 from gradwire_protocol.v1 import coordinator_pb2, graph_pb2, stage_pb2
 
 # In micro-batches: what still fits a log.
@@ -32,22 +29,25 @@ _WIDEST_PICTURE = 32
 
 @dataclass(frozen=True)
 class Layout:
-    """A run, laid out. Lists go by stage, and so by server."""
+    """A run, laid out. Lists go by server."""
 
     servers: list[Server]
+    # The stages of each server, ascending.
+    stages: list[list[int]]
     prepare: list[stage_pb2.PrepareRequest]
     for_client: list[coordinator_pb2.ServerLayout]
     summary: coordinator_pb2.PlanSummary
+    timeline: list[coordinator_pb2.ServerTimeline]
+    schedule: ChosenSchedule
     programs: ProgramBook
 
     def picture(self) -> str:
         """Return the schedule of a whole step, drawn with actions of equal length; nothing if it is too wide."""
-        summary = self.summary
-        stages, micro_batches = len(summary.stages), summary.micro_batches
+        micro_batches = self.summary.micro_batches
         if micro_batches > _WIDEST_PICTURE:
             return ""
-        programs = training_programs(summary.schedule, summary.extra_warm_up, stages, micro_batches)
-        return draw(programs, check_programs(programs, micro_batches, backward=True))
+        programs = self.schedule.programs(micro_batches)
+        return draw(programs, check_programs(programs, micro_batches, backward=True, placement=self.schedule.placement))
 
 
 def lay_out(
@@ -55,120 +55,96 @@ def lay_out(
     generation: int,
     request: coordinator_pb2.CreateRunRequest,
     indexed: IndexedModel,
-    servers: Sequence[Server],
-    links: Sequence[LinkRate | GradwireError] = (),
+    planned: PlannedRun,
 ) -> Layout:
-    """Cut the model for these servers, one stage each, as the plan says; PlanError, ModelError.
-
-    links: from each server to the next, where the plan leaves a codec open.
-    """
-    plan = request.plan
-    rows = rows_per_micro_batch(plan.expected_rows, plan.micro_batches)
-    rates = device_rates([server.device for server in servers])
-    micro_batches = min(plan.micro_batches, plan.expected_rows)
-    schedule, extra_warm_up = choose_schedule(plan.schedule)
-    programs = training_programs(schedule, extra_warm_up, plan.stages, micro_batches)
-    recomputes = recomputing_stages(programs) if plan.recompute else None
-    seconds = node_seconds(indexed.train.graph.nodes, rows, rates, recomputes)
-    usable = indexed.train.usable_cuts(indexed.mutated)
-    if plan.cuts:
-        cuts = check_cuts(plan.cuts, plan.stages, usable)
-    else:
-        cuts = partition(seconds, travelling_values(indexed.train, rows), usable)
-    segments = make_segments(indexed, cuts, rows, rates[0])
-    ends = [0, *cuts, len(indexed.train.graph.nodes)]
-    stage_seconds = [float(seconds[stage, ends[stage] : ends[stage + 1]].sum()) for stage in range(plan.stages)]
-    boundaries = Boundaries(indexed.train, segments.of_graph(graph_pb2.GRAPH_KIND_TRAIN), plan.stages, rows)
-    choices = boundaries.choose(asked_codecs(plan), programs, stage_seconds, rates, links)
-    # Later batches may have more rows than the expected one, and then as many micro-batches as the plan allows.
-    bounds = message_bounds(
-        training_programs(schedule, extra_warm_up, plan.stages, plan.micro_batches),
-        segments.of_graph(graph_pb2.GRAPH_KIND_TRAIN),
-        lambda value: value_bytes(indexed.train.spec(value), rows),
-    )
-    summary = coordinator_pb2.PlanSummary(
-        schedule=schedule,
-        extra_warm_up=extra_warm_up,
-        micro_batches=plan.micro_batches,
-        theoretical_bubble_ratio=(plan.stages - 1) / (plan.micro_batches + plan.stages - 1),
-        stages=[
-            _summarise(
-                indexed,
-                segments,
-                stage,
-                ends,
-                micro_batches,
-                stage_seconds[stage],
-                boundaries,
-                choices,
-            )
-            for stage in range(plan.stages)
-        ],
-    )
+    """Return what carries out a run that is planned."""
+    plan, servers, cut, schedule = request.plan, planned.servers, planned.cut, planned.schedule
+    stages = hosted(schedule.placement)
+    bounds = _bounds(request, indexed, cut, schedule)
     peers = [
-        stage_pb2.Peer(server=server.server, address=server.address, stages=[stage])
-        for stage, server in enumerate(servers)
+        stage_pb2.Peer(server=server.server, address=server.address, stages=own)
+        for server, own in zip(servers, stages, strict=True)
     ]
+    segments = cut.segments
     return Layout(
         servers=list(servers),
+        stages=stages,
         prepare=[
             stage_pb2.PrepareRequest(
                 run=run,
                 generation=generation,
                 server=server.server,
-                segments=segments.stages[stage],
-                tensors=_held(segments, stage),
+                segments=[segment for stage in own for segment in segments.stages[stage]],
+                tensors=segments.held_by(position, schedule.placement),
                 peers=peers,
-                stages=plan.stages,
+                stages=len(schedule.placement),
                 optimizer=request.optimizer,
                 loss_form=indexed.model.loss_form,
                 seed=request.seed,
                 recompute=plan.recompute,
                 precision=plan.precision,
-                activation_codecs=[CODEC_NAMES[choice.codec] for choice in choices],
-                bounds=bounds.get(stage, ()),
+                activation_codecs=[CODEC_NAMES[choice.codec] for choice in cut.codecs],
+                bounds=[bound for stage in own for bound in bounds.get(stage, ())],
                 checksums=plan.checksums,
             )
-            for stage, server in enumerate(servers)
+            for position, (server, own) in enumerate(zip(servers, stages, strict=True))
         ],
-        for_client=[_for_client(server, segments, stage) for stage, server in enumerate(servers)],
-        summary=summary,
+        for_client=[
+            _for_client(server, cut, position, own)
+            for position, (server, own) in enumerate(zip(servers, stages, strict=True))
+        ],
+        summary=summarise(plan, planned),
+        timeline=planned.timeline,
+        schedule=schedule,
         programs=ProgramBook(
-            schedule=schedule,
-            extra_warm_up=extra_warm_up,
-            stages=plan.stages,
-            tied_stages=segments.tied_stages(),
+            schedule,
+            tied_servers=segments.tied_servers(schedule.placement),
             active_stages={kind: frozenset(segments.of_graph(kind)) for kind in segments.cuts},
         ),
     )
 
 
-def _held(segments: Segments, stage: int) -> list[stage_pb2.TensorPlacement]:
-    return [placement for placement in segments.placements if stage in placement.holder_stages]
+def _bounds(
+    request: coordinator_pb2.CreateRunRequest, indexed: IndexedModel, cut: CutModel, schedule: ChosenSchedule
+) -> dict[int, list[stage_pb2.UntakenBound]]:
+    """Return how many messages can lie untaken, by the stage that receives them, whatever a batch's rows."""
+    # Later batches may have more rows than the expected one, and then as many micro-batches as the plan allows.
+    plan = request.plan
+    rows = rows_per_micro_batch(plan.expected_rows, plan.micro_batches)
+    *fewer, full = schedule.extremes(plan.micro_batches)
+    return message_bounds(
+        full,
+        cut.segments.of_graph(graph_pb2.GRAPH_KIND_TRAIN),
+        lambda value: value_bytes(indexed.train.spec(value), rows),
+        fewer=fewer,
+    )
 
 
-def _for_client(server: Server, segments: Segments, stage: int) -> coordinator_pb2.ServerLayout:
-    held = _held(segments, stage)
+def _for_client(server: Server, cut: CutModel, position: int, stages: Sequence[int]) -> coordinator_pb2.ServerLayout:
+    held = cut.segments.held_by(position, cut.way.placement)
+    segments = [segment for stage in stages for segment in cut.segments.stages[stage]]
+    inputs: dict[graph_pb2.GraphKind, dict[str, None]] = {}
+    for segment in segments:
+        read = [incoming.value for incoming in segment.incoming if incoming.from_batch]
+        if read:
+            # What several stages of a server read comes there once.
+            inputs.setdefault(segment.graph, {}).update(dict.fromkeys(read))
     return coordinator_pb2.ServerLayout(
         server=server.server,
         address=server.address,
-        stages=[stage],
+        stages=stages,
         tensors=[placement.spec.name for placement in held],
-        inputs=[
-            coordinator_pb2.InputUse(graph=segment.graph, values=read)
-            for segment in segments.stages[stage]
-            if (read := [incoming.value for incoming in segment.incoming if incoming.from_batch])
-        ],
+        inputs=[coordinator_pb2.InputUse(graph=graph, values=values) for graph, values in inputs.items()],
         results=[
             result.value
-            for segment in segments.stages[stage]
+            for segment in segments
             if segment.graph == graph_pb2.GRAPH_KIND_PREDICT
             for result in segment.results
         ],
         owned_tensors=[
             placement.spec.name
             for placement in held
-            if placement.holder_stages[0] == stage and _is_state(placement.spec)
+            if placement.holder_stages[0] in stages and _is_state(placement.spec)
         ],
     )
 
@@ -177,34 +153,4 @@ def _is_state(spec: graph_pb2.TensorSpec) -> bool:
     """Whether a tensor is in the user's state dict."""
     return spec.kind == graph_pb2.TENSOR_KIND_PARAMETER or (
         spec.kind == graph_pb2.TENSOR_KIND_BUFFER and spec.persistent
-    )
-
-
-def _summarise(
-    indexed: IndexedModel,
-    segments: Segments,
-    stage: int,
-    ends: Sequence[int],
-    micro_batches: int,
-    seconds: float,
-    boundaries: Boundaries,
-    choices: Sequence[Choice],
-) -> coordinator_pb2.StageSummary:
-    segment = segments.of_graph(graph_pb2.GRAPH_KIND_TRAIN)[stage]
-    choice = choices[stage] if stage < len(choices) else Choice("none")
-    return coordinator_pb2.StageSummary(
-        stage=stage,
-        first_node=ends[stage],
-        nodes=len(segment.nodes),
-        first_module=segment.nodes[0].module_path,
-        last_module=segment.nodes[-1].module_path,
-        parameters=sum(
-            math.prod(placement.spec.shape)
-            for placement in _held(segments, stage)
-            if placement.spec.kind == graph_pb2.TENSOR_KIND_PARAMETER
-        ),
-        estimated_seconds=seconds * micro_batches,
-        boundary_bytes=boundaries.leaving_bytes(segment, choices) * micro_batches,
-        codec=CODEC_NAMES[choice.codec],
-        codec_reason=choice.reason,
     )

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any
 
 import grpc
 
+from gradwire_protocol.activities import stage_names
 from gradwire_protocol.errors import GradwireError, from_rpc_error
 from gradwire_protocol.v1 import run_pb2, stage_pb2, stage_pb2_grpc
 
@@ -29,8 +30,12 @@ def _stub(channel: Any) -> Any:
 class Link:
     """A channel to one server, with at most one Execute stream. Thread-safe."""
 
-    def __init__(self, stage: int, server: str, address: str, connect: Callable[[str], Any]) -> None:
-        self.stage = stage
+    def __init__(
+        self, position: int, stages: Sequence[int], server: str, address: str, connect: Callable[[str], Any]
+    ) -> None:
+        """position: of the server in its pipeline; stages: those that it hosts."""
+        self.position = position
+        self.stages = tuple(stages)
         self.server = server
         self.address = address
         self._channel = connect(address)
@@ -43,14 +48,15 @@ class Link:
     @property
     def target(self) -> str:
         """This server, for messages."""
-        return f"stage {self.stage} (server {self.server} at {self.address})"
+        return f"{stage_names(self.stages)} (server {self.server} at {self.address})"
 
-    def prepare(self, request: stage_pb2.PrepareRequest) -> None:
+    def prepare(self, request: stage_pb2.PrepareRequest) -> stage_pb2.PrepareReply:
         """Have the server build its segments; the server's own error, or Unreachable."""
         try:
-            self._stub.Prepare(request, timeout=PREPARE_SECONDS)
+            reply: stage_pb2.PrepareReply = self._stub.Prepare(request, timeout=PREPARE_SECONDS)
         except grpc.RpcError as error:
             raise from_rpc_error(error, target=self.target) from error
+        return reply
 
     def open(
         self,

@@ -1,11 +1,10 @@
-"""How fast the links between neighbouring stages are: asked of the servers themselves, and remembered for a while.
+"""How fast the links between servers are: asked of the servers themselves, and remembered for a while.
 
 Leaves to others: what follows from it (`codec_choice.py`), and measuring (gradwire_stage.links).
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import threading
 import time
@@ -49,18 +48,24 @@ class LinkBook:
         self._lock = threading.Lock()
         self._known: dict[tuple[str, str], tuple[LinkRate, float]] = {}
 
-    def rates(self, addresses: Sequence[str]) -> list[LinkRate | GradwireError]:
-        """Return the rate of each link from one server of a pipeline to the next, or why it could not be measured.
+    def rates(self, links: Sequence[tuple[str, str]]) -> list[LinkRate | GradwireError]:
+        """Return the rate of each link from one server to another, or why it could not be measured.
 
         A server takes part in one measurement at a time.
         """
-        found: dict[int, LinkRate | GradwireError] = {}
-        links = list(itertools.pairwise(addresses))
-        for first in (0, 1):
-            places = range(first, len(links), 2)
-            with ThreadPoolExecutor(max(1, len(places)), thread_name_prefix="measure") as pool:
-                found.update(zip(places, pool.map(lambda place: self._rate(*links[place]), places), strict=True))
-        return [found[place] for place in range(len(links))]
+        found: dict[tuple[str, str], LinkRate | GradwireError] = {}
+        open_ones = list(dict.fromkeys(links))
+        while open_ones:
+            busy: set[str] = set()
+            now = []
+            for link in open_ones:
+                if busy.isdisjoint(link):
+                    now.append(link)
+                    busy.update(link)
+            with ThreadPoolExecutor(len(now), thread_name_prefix="measure") as pool:
+                found.update(zip(now, pool.map(lambda link: self._rate(*link), now), strict=True))
+            open_ones = [link for link in open_ones if link not in found]
+        return [found[link] for link in links]
 
     def _rate(self, sender: str, receiver: str) -> LinkRate | GradwireError:
         now = self._clock()

@@ -19,8 +19,11 @@ _log = structlog.get_logger(__name__)
 
 def prepare_all(
     links: Sequence[Link], requests: Sequence[stage_pb2.PrepareRequest], on_lost: Callable[[str], None]
-) -> None:
-    """Prepare every server, and raise the first failure, by stage. on_lost: called with servers that do not answer."""
+) -> list[stage_pb2.PrepareReply]:
+    """Prepare every server; return the replies, or raise the first failure, by position.
+
+    on_lost: gets servers that do not answer.
+    """
     with ThreadPoolExecutor(len(links), thread_name_prefix="prepare") as pool:
         calls = [pool.submit(link.prepare, request) for link, request in zip(links, requests, strict=True)]
         ends = [(link, call.exception()) for link, call in zip(links, calls, strict=True)]
@@ -38,6 +41,7 @@ def prepare_all(
                 remedy=error.remedy,
             )
         raise error
+    return [call.result() for call in calls]
 
 
 def release_all(links: Sequence[Link], run: str, generation: int, reason: str) -> None:

@@ -27,7 +27,7 @@ SCHEMA_VERSION = 1
 _SCHEMA = """
 CREATE TABLE runs (
     run TEXT PRIMARY KEY,
-    generation INTEGER NOT NULL,
+    generation INTEGER NOT NULL,  -- the newest
     request BLOB NOT NULL,      -- CreateRunRequest: model, plan, optimizer, seed
     created_at REAL NOT NULL,   -- Unix time, seconds
     ended_at REAL,
@@ -159,6 +159,11 @@ class RunLog:
             database.execute(
                 "INSERT INTO results VALUES (?, ?, ?, ?)", (run, result.entry, result.SerializeToString(), time.time())
             )
+
+    def begin_generation(self, run: str, generation: int) -> None:
+        """Note that a run goes on as another generation; the NewPlan entry that comes next says how."""
+        with self._writing() as database:
+            database.execute("UPDATE runs SET generation = ? WHERE run = ?", (generation, run))
 
     def finish_run(self, run: str, state: coordinator_pb2.RunState, reason: str) -> None:
         """Note how a run came to its end."""

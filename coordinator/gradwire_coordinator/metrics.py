@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections import Counter as Tally
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -37,6 +37,12 @@ class Metrics:
         self._runs = Gauge("gradwire_runs", "Runs since the start, by state.", ["state"], registry=registry)
         self._steps = Counter("gradwire_steps", "Training steps finished.", ["run"], registry=registry)
         self._loss = Gauge("gradwire_loss", "Loss of the last training step.", ["run"], registry=registry)
+        self._generation = Gauge(
+            "gradwire_generation",
+            "Of the run: rises when another layout takes over.",
+            ["run"],
+            registry=registry,
+        )
         self._step_seconds = Histogram(
             "gradwire_step_duration_seconds",
             "From the first server's start of a training step to the last server's end.",
@@ -69,16 +75,19 @@ class Metrics:
         for state, name in _STATES.items():
             self._runs.labels(name).set(tally[state])
 
-    def step_finished(self, run: str, stage_of: Mapping[str, int], result: run_pb2.EntryResult) -> None:
-        """Take in the result of a training step; `stage_of` gives each server's stage."""
+    def step_finished(
+        self, run: str, generation: int, stages_of: Mapping[str, Sequence[int]], result: run_pb2.EntryResult
+    ) -> None:
+        """Take in the result of a training step; `stages_of` gives each server's stages: its label is "0,2" for two."""
         with self._lock:
             stages = self._keep(run)
             self._steps.labels(run).inc()
             self._loss.labels(run).set(result.loss)
+            self._generation.labels(run).set(generation)
             self._step_seconds.labels(run).observe(result.seconds)
             for server, timing in result.timings.items():
                 if timing.window_seconds > 0:
-                    stage = str(stage_of[server])
+                    stage = ",".join(map(str, stages_of[server]))
                     stages.add(stage)
                     self._bubble.labels(run, stage).set(sum(timing.idle_seconds.values()) / timing.window_seconds)
 
@@ -89,7 +98,7 @@ class Metrics:
             self._order.append(run)
             if len(self._order) > KEPT_RUNS:
                 oldest = self._order.popleft()
-                for metric in (self._steps, self._loss, self._step_seconds):
+                for metric in (self._steps, self._loss, self._generation, self._step_seconds):
                     metric.remove(oldest)
                 for stage in self._kept.pop(oldest):
                     self._bubble.remove(oldest, stage)

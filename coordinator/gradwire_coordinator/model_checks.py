@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from gradwire_coordinator.custom_operators import read_operators
 from gradwire_coordinator.graph_index import MAXIMUM_TENSORS, GraphIndex, index_graph
-from gradwire_coordinator.programs import choose_schedule
+from gradwire_coordinator.named_schedules import check_schedule
 from gradwire_protocol.codecs import AUTO, CODEC_NAMES
 from gradwire_protocol.errors import LimitExceeded, ModelError, OptimizerError, PlanError
 from gradwire_protocol.frames import ELEMENT_BYTES, MAXIMUM_DIMENSIONS, MAXIMUM_VALUE_BYTES
@@ -146,7 +146,7 @@ def check_plan(plan: run_pb2.Plan) -> None:
                 got=str(getattr(plan, field)),
                 remedy=f"use stages to spread the model, and leave {field} at 1",
             )
-    choose_schedule(plan.schedule)
+    check_schedule(plan.schedule, plan.virtual_stages)
     _check_codecs(plan)
     for field, shortest in (("stall_seconds", 1.0), ("step_seconds", 0.001)):
         seconds = getattr(plan, field)
@@ -174,10 +174,11 @@ def _check_codecs(plan: run_pb2.Plan) -> None:
             expected=f"{', '.join(CODEC_NAMES)} or {AUTO}",
             got=", ".join(name[:40] for name in asked[:20]),
         )
-    if len(asked) > 1 and len(asked) != plan.stages - 1:
+    boundaries = plan.stages * plan.virtual_stages - 1
+    if len(asked) > 1 and len(asked) != boundaries:
         raise PlanError(
             "The plan's codecs of activations do not fit its stages",
-            expected=f"one for all boundaries, or {plan.stages - 1}, one for each",
+            expected=f"one for all boundaries, or {boundaries}, one for each",
             got=str(len(asked)),
         )
 

@@ -65,11 +65,45 @@ SCHEDULES = {
 }
 
 
+# What a plan may ask for besides: the fastest of these, or one made for the run's costs.
+AUTO = "auto"
+
+
 def named_schedule(name: str) -> NamedSchedule:
     """Return a schedule; PlanError if there is none of that name."""
     if name not in SCHEDULES:
-        raise PlanError("Unknown schedule", expected=" or ".join(SCHEDULES), got=repr(name[:40]))
+        raise PlanError("Unknown schedule", expected=" or ".join((AUTO, *SCHEDULES)), got=repr(name[:40]))
     return SCHEDULES[name]
+
+
+def schedule_of(name: str, placement: Placement) -> NamedSchedule:
+    """Return the schedule of that name; of "auto" the one that runs ahead the least on these places."""
+    if name != AUTO:
+        return named_schedule(name)
+    servers = 1 + max(placement)
+    if len(placement) == servers:
+        return SCHEDULES["1f1b"]
+    return SCHEDULES["interleaved-1f1b" if placement == looped(servers, len(placement) // servers) else "zb-v"]
+
+
+def check_schedule(name: str, virtual_stages: int) -> None:
+    """PlanError unless a plan may ask for this schedule with so many stages on each server."""
+    if name != AUTO:
+        named_schedule(name).check(virtual_stages)
+    elif not 1 <= virtual_stages <= MAXIMUM_VIRTUAL_STAGES:
+        raise PlanError(
+            "virtual_stages is out of range", expected=f"1 to {MAXIMUM_VIRTUAL_STAGES}", got=str(virtual_stages)
+        )
+
+
+def placements(name: str, servers: int, virtual_stages: int) -> list[Placement]:
+    """Return where the stages of a schedule can go; for "auto" every way that some named schedule has."""
+    if name != AUTO:
+        return [named_schedule(name).placement(servers, virtual_stages)]
+    found = [looped(servers, virtual_stages)]
+    if SCHEDULES["zb-v"].virtual_stages[0] == virtual_stages:
+        found.append(v_shaped(servers))
+    return list(dict.fromkeys(found))
 
 
 def named_programs(placement: Placement, micro_batches: int) -> dict[str, Programs]:

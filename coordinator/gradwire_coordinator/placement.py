@@ -1,8 +1,12 @@
-"""Which server hosts which stage: data that goes with a schedule. Pure; leaves to others what a server does when."""
+"""Which server hosts which stage: data that goes with a schedule. Pure; leaves to others what a server does when.
+
+Servers are numbered by their position in the pipeline: server s has stage s, and perhaps later ones.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 
 from gradwire_protocol.errors import PlanError
 
@@ -30,6 +34,15 @@ def hosted(placement: Sequence[int]) -> list[list[int]]:
     if not stages or not all(stages):
         raise PlanError("A server hosts no stage", expected="a stage for every server", got=str(list(placement)[:20]))
     return stages
+
+
+def neighbours(placements: Iterable[Placement]) -> list[tuple[int, int]]:
+    """Return the servers between which values of neighbouring stages travel, each pair once, whichever way."""
+    pairs = [pair for placement in placements for pair in itertools.pairwise(placement) if pair[0] != pair[1]]
+    found: dict[frozenset[int], tuple[int, int]] = {}
+    for pair in pairs:
+        found.setdefault(frozenset(pair), pair)
+    return list(found.values())
 
 
 def _check(servers: int, virtual_stages: int) -> None:

@@ -1,36 +1,100 @@
-"""Which program each stage runs for an entry: its schedule, and what it does around the micro-batches.
+"""Which program each server runs for an entry: its schedule, and what it does around the micro-batches.
 
-Pure. Leaves to others: the schedules themselves (`schedules.py`), and sending programs (`run.py`).
+Pure. Leaves to others: the schedules themselves (`schedules.py`, `zero_bubble.py`, `auto_schedule.py`), choosing one
+(`candidates.py`), and sending programs (`run.py`).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 
-from gradwire_coordinator.schedules import AUTO_EXTRA_WARM_UP, Programs, forward_only, gpipe, one_f_one_b
-from gradwire_coordinator.timetable import SENDS_GRADIENTS
-from gradwire_protocol.errors import FrameError, ModelError, PlanError
+from gradwire_coordinator.named_schedules import AUTO, schedule_of
+from gradwire_coordinator.placement import Placement
+from gradwire_coordinator.schedules import (
+    AUTO_EXTRA_WARM_UP,
+    Programs,
+    first_micro_batches,
+    forward_only,
+    one_f_one_b,
+)
+from gradwire_coordinator.timetable import SENDS_GRADIENTS, check_programs
+from gradwire_protocol.errors import FrameError, ModelError
 from gradwire_protocol.program import FORWARD, NORM, REDUCE, UPDATE, Action, program_to_proto
 from gradwire_protocol.v1 import graph_pb2, run_pb2
 
-
-def choose_schedule(name: str) -> tuple[str, int]:
-    """Return (schedule, extra warm-up) for a plan's schedule; PlanError if it is not known."""
-    choices = {"auto": ("1f1b", AUTO_EXTRA_WARM_UP), "1f1b": ("1f1b", 0), "gpipe": ("gpipe", 0)}
-    if name not in choices:
-        raise PlanError("Unknown schedule", expected=" or ".join(choices), got=repr(name[:40]))
-    return choices[name]
+# Steps with up to so many micro-batches a server can lead further ahead than larger ones, if interleaved: a server is
+# ahead by less than two rounds, and what it is ahead by changes with the second.
+_UNEVEN_ROUNDS = 6
 
 
-def training_programs(schedule: str, extra_warm_up: int, stages: int, micro_batches: int) -> Programs:
-    """Return the forwards and backwards of one training step."""
-    makers: dict[str, Callable[[], Programs]] = {
-        "gpipe": lambda: gpipe(stages, micro_batches),
-        "1f1b": lambda: one_f_one_b(stages, micro_batches, extra_warm_up),
-    }
-    return makers[schedule]()
+class ChosenSchedule:
+    """The schedule of a run: where its stages are, and the programs of a step with any number of micro-batches."""
+
+    def __init__(
+        self,
+        name: str,
+        placement: Placement,
+        *,
+        extra_warm_up: int = 0,
+        made: Programs | None = None,
+    ) -> None:
+        """name: of a named schedule, or "auto", whose programs are `made` for a step of the planned size.
+
+        Of an "auto" schedule, smaller steps get the same programs less what is not there, so that they hold no more
+        memory; larger ones those of the named schedule for these places.
+        """
+        self.name = name
+        self.placement = placement
+        self.extra_warm_up = extra_warm_up
+        self._made = made
+        self._made_for = 0 if made is None else 1 + max(action.micro_batch for program in made for action in program)
+        self._checked = lru_cache(maxsize=64)(self._make_checked)
+
+    def __str__(self) -> str:
+        deeper = f"+{self.extra_warm_up}" if self.extra_warm_up else ""
+        return f"{self.name}{deeper} on {self.servers} servers, {self.virtual_stages} stages each"
+
+    @property
+    def servers(self) -> int:
+        return 1 + max(self.placement)
+
+    @property
+    def virtual_stages(self) -> int:
+        """Stages on each server."""
+        return len(self.placement) // self.servers
+
+    def programs(self, micro_batches: int) -> Programs:
+        """Return the forwards and backwards of one training step, by server. PlanError if they were not sound."""
+        return self._checked(micro_batches)
+
+    def extremes(self, most: int) -> list[Programs]:
+        """Return programs that lead furthest ahead: in no step of up to `most` micro-batches is more underway.
+
+        Orders that are regular lead the further ahead the more micro-batches there are. Those that go in rounds do so
+        with uneven ones, and what was made has no rule.
+        """
+        counts = {most}
+        if self._made is not None:
+            counts |= set(range(1, min(self._made_for, most) + 1))
+        if schedule_of(self.name, self.placement).name == "interleaved-1f1b":
+            counts |= set(range(1, min(most, _UNEVEN_ROUNDS * self.servers) + 1))
+        return [self.programs(count) for count in sorted(counts)]
+
+    def _make_checked(self, micro_batches: int) -> Programs:
+        programs = self._make(micro_batches)
+        check_programs(programs, micro_batches, backward=True, placement=self.placement)
+        return programs
+
+    def _make(self, micro_batches: int) -> Programs:
+        if self._made is not None and micro_batches <= self._made_for:
+            return first_micro_batches(self._made, micro_batches)
+        named = schedule_of(self.name, self.placement)
+        if named.name == "1f1b":
+            extra = AUTO_EXTRA_WARM_UP if self.name == AUTO else self.extra_warm_up
+            return one_f_one_b(self.servers, micro_batches, extra)
+        return named.programs(self.servers, micro_batches, self.virtual_stages)
 
 
 def recomputing_stages(programs: Programs) -> list[bool]:
@@ -52,24 +116,23 @@ class ProgramBook:
 
     def __init__(
         self,
+        schedule: ChosenSchedule,
         *,
-        schedule: str,
-        extra_warm_up: int,
-        stages: int,
-        tied_stages: Collection[int],
+        tied_servers: Collection[int],
         active_stages: Mapping[graph_pb2.GraphKind, Collection[int]],
     ) -> None:
-        """`active_stages`: for each graph the stages that have a segment of it; the others have no actions there."""
+        """tied_servers: positions of those that hold a copy of a trained parameter that another server holds too.
+
+        active_stages: for each graph the stages that have a segment of it; the others have no actions there.
+        """
         self._schedule = schedule
-        self._extra_warm_up = extra_warm_up
-        self._stages = stages
-        self._tied_stages = frozenset(tied_stages)
+        self._tied_servers = frozenset(tied_servers)
         self._active_stages = active_stages
         self._train = lru_cache(maxsize=64)(self._make_train)
         self._forward = lru_cache(maxsize=64)(self._make_forward)
 
     def of_entry(self, entry: run_pb2.Entry) -> list[run_pb2.Program]:
-        """Return the program of each stage for an entry, by stage."""
+        """Return the program of each server for an entry, by position."""
         kind = entry.WhichOneof("kind")
         if kind == "train_step":
             step = entry.train_step
@@ -78,16 +141,16 @@ class ProgramBook:
             return self._forward(graph_pb2.GRAPH_KIND_EVALUATE, len(entry.evaluate.micro_batches))
         if kind == "predict":
             return self._forward(graph_pb2.GRAPH_KIND_PREDICT, len(entry.predict.micro_batches))
-        if kind in ("load_state", "fetch_state", "save_state"):
-            return [run_pb2.Program() for _ in range(self._stages)]
+        if kind in ("load_state", "fetch_state", "save_state", "new_plan"):
+            return [run_pb2.Program() for _ in range(self._schedule.servers)]
         raise FrameError("An entry of no kind", expected="a step, an evaluation, …", got=f"entry {entry.number}")
 
     def _make_train(self, micro_batches: int, with_norm: bool) -> list[run_pb2.Program]:
-        programs = training_programs(self._schedule, self._extra_warm_up, self._stages, micro_batches)
-        for stage, program in enumerate(programs):
-            around = [(REDUCE, stage in self._tied_stages), (NORM, with_norm), (UPDATE, True)]
-            program += [Action(0, kind, 0) for kind, wanted in around if wanted]
-        return [program_to_proto(program) for program in programs]
+        found = []
+        for server, program in enumerate(self._schedule.programs(micro_batches)):
+            around = [(REDUCE, server in self._tied_servers), (NORM, with_norm), (UPDATE, True)]
+            found.append(program_to_proto([*program, *(Action(0, kind, 0) for kind, wanted in around if wanted)]))
+        return found
 
     def _make_forward(self, graph: graph_pb2.GraphKind, micro_batches: int) -> list[run_pb2.Program]:
         if graph not in self._active_stages:
@@ -97,7 +160,7 @@ class ProgramBook:
                 remedy="give the trainer a loss, and a model that returns predictions",
             )
         active = self._active_stages[graph]
-        return [
-            program_to_proto(program if stage in active else [])
-            for stage, program in enumerate(forward_only(self._stages, micro_batches))
-        ]
+        programs: Sequence[Sequence[Action]] = forward_only(
+            self._schedule.servers, micro_batches, self._schedule.placement
+        )
+        return [program_to_proto([action for action in program if action.stage in active]) for program in programs]

@@ -164,8 +164,8 @@ class Registry:
             if len(free) < count:
                 busy = len(stages) - len(free)
                 raise PlanError(
-                    f"The plan has {count} stages, but {len(free)} stage servers are free",
-                    expected=f"{count} free stage servers, one for each stage",
+                    f"The plan takes {count} servers, but {len(free)} stage servers are free",
+                    expected=f"{count} free stage servers",
                     got=f"{len(stages)} registered, {busy} of them busy with other runs",
                     remedy="start more with gradwire-stage-server, wait for other runs to end, or plan fewer stages",
                 )

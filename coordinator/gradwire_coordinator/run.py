@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ from gradwire_coordinator.saves import RunSaves
 from gradwire_coordinator.stall_watch import StallWatch
 from gradwire_coordinator.window import Window
 from gradwire_protocol.checkpoint.root import CheckpointRoot
-from gradwire_protocol.errors import Aborted, GradwireError, InternalError, ServerBusy
+from gradwire_protocol.errors import Aborted, FrameError, GradwireError, InternalError, ServerBusy
 from gradwire_protocol.v1 import coordinator_pb2, run_pb2, stage_pb2
 
 _log = structlog.get_logger(__name__)
@@ -75,12 +76,10 @@ class Run:
     ) -> None:
         self.run = run
         self.generation = generation
-        self.summary = layout.summary
-        self.stage_of = {server.server: stage for stage, server in enumerate(layout.servers)}
         self.created_at = time.time()
         self._created_clock = time.monotonic()
         self._description = request.description[:200]
-        self._programs = layout.programs
+        self._plan = request.plan
         self._rules = EntryRules(
             generation=generation,
             plan=request.plan,
@@ -88,16 +87,12 @@ class Run:
             has_predict=request.model.HasField("predict"),
         )
         self._context = context
-        self._links = [
-            Link(stage, server.server, server.address, context.connect) for stage, server in enumerate(layout.servers)
-        ]
         self._lock = threading.Lock()
-        self._window = Window([server.server for server in layout.servers])
+        self._take_layout(layout)
         self._causes = CauseFinder(len(self._links), lambda cause: self.fail(cause.as_error()))
-        self._watch = StallWatch(run, generation, request.plan, layout.servers, context.standing)
         self._driven = False
         self._draining = False
-        self._saves = RunSaves(context.checkpoints, [link.target for link in self._links], self._on_save_done)
+        self._replanning = False
         self._results: queue.SimpleQueue[Outcome | GradwireError | None] = queue.SimpleQueue()
         self._state: coordinator_pb2.RunState = coordinator_pb2.RUN_STATE_PREPARED
         self._reason = ""
@@ -111,21 +106,89 @@ class Run:
         self, request: coordinator_pb2.CreateRunRequest, for_servers: Sequence[stage_pb2.PrepareRequest]
     ) -> None:
         """Begin the log, prepare all servers and open their streams; the first failure ends the run and is raised."""
-        try:
+        with self._failing():
             self._context.log.create_run(self.run, self.generation, request)
-            prepare_all(self._links, for_servers, self._context.on_lost)
-            # Within the lock, so that the end of the run cannot close what is being opened.
-            with self._lock:
-                if self._ending:
-                    raise self._over()
-                for link in self._links:
-                    link.open(self._on_report, self._on_saved, self._on_end)
+            self._prepare(for_servers)
+
+    def _take_layout(self, layout: Layout) -> None:
+        """Set all that depends on the layout."""
+        servers = layout.servers
+        self.summary = layout.summary
+        # The stages of each server, by its name.
+        self.stages_of = {server.server: own for server, own in zip(servers, layout.stages, strict=True)}
+        self._programs = layout.programs
+        self._links = [
+            Link(position, self.stages_of[server.server], server.server, server.address, self._context.connect)
+            for position, server in enumerate(servers)
+        ]
+        self._window = Window([server.server for server in servers], loss_from=layout.schedule.placement[-1])
+        self._watch = StallWatch(self.run, self.generation, self._plan, servers, layout.stages, self._context.standing)
+        self._saves = RunSaves(self._context.checkpoints, [link.target for link in self._links], self._on_save_done)
+
+    def _prepare(self, for_servers: Sequence[stage_pb2.PrepareRequest]) -> list[stage_pb2.PrepareReply]:
+        """Prepare all servers, and open their streams."""
+        replies = prepare_all(self._links, for_servers, self._context.on_lost)
+        # Within the lock, so that the end of the run cannot close what is being opened.
+        with self._lock:
+            if self._ending:
+                raise self._over()
+            for link in self._links:
+                link.open(self._on_report, self._on_saved, self._on_end)
+        return replies
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """End the run with whatever fails within."""
+        try:
+            yield
         except BaseException as error:
             self.fail(error)
             # What ended the run first is the cause: breaking off the preparation may be its consequence.
             if self._error is not None and self._error is not error:
                 raise self._error from error
             raise
+
+    # What another layout does.
+
+    @contextmanager
+    def between_entries(self) -> Iterator[None]:
+        """Keep the run between two of its entries. ServerBusy if it is not; the run's end if it is over."""
+        with self._lock:
+            if self._ending:
+                raise self._over()
+            if not self._driven or self._replanning or self._window or self._saves:
+                raise ServerBusy(
+                    f"Run {self.run} is not between two entries",
+                    expected="a run with a client, all entries finished, and all checkpoints written",
+                    remedy="wait for the results of what was sent",
+                )
+            self._replanning = True
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._replanning = False
+
+    def switch(self, generation: int, layout: Layout) -> list[stage_pb2.PrepareReply]:
+        """Have another layout take the run over, between entries; return what servers say. A failure ends the run."""
+        with self._lock:
+            if self._ending:
+                raise self._over()
+            links, saves, self.generation = self._links, self._saves, generation
+            self._take_layout(layout)
+        saves.close()
+        try:
+            with self._failing():
+                self._context.log.begin_generation(self.run, generation)
+                return self._prepare(layout.prepare)
+        finally:
+            # The servers have left the generation before.
+            for link in links:
+                link.close()
+
+    def expect(self, new_plan: run_pb2.NewPlan) -> None:
+        """Take this entry next, and no other."""
+        self._rules.begin_generation(self.generation, new_plan)
 
     # What the client does.
 
@@ -145,6 +208,8 @@ class Run:
         with self._lock:
             if self._ending:
                 raise self._over()
+            if self._replanning:
+                raise FrameError(f"An entry came while run {self.run} is planned anew", expected="none", got="one")
             self._rules.check(entry, len(self._window))
             saves = entry.HasField("save_state")
             if saves:
@@ -210,7 +275,7 @@ class Run:
 
     def server_lost(self, server: str, seen: str, last_known: str) -> None:
         """Take note that the registry has lost one of the servers."""
-        link = self._links[self.stage_of[server]]
+        link = next(link for link in self._links if link.server == server)
         self._causes.add(self._evidence_of(link, last_known=last_known, seen=seen))
 
     def find_stall(self) -> GradwireError | None:
@@ -220,9 +285,9 @@ class Run:
 
     def _on_report(self, link: Link, report: run_pb2.EntryReport) -> None:
         with self._lock:
-            if self._ending:
+            if self._ending or link not in self._links:
                 return
-            finished = self._window.report(link.stage, report, time.monotonic())
+            finished = self._window.report(link.position, report, time.monotonic())
             if finished is None:
                 return
             entry, result = finished
@@ -240,7 +305,7 @@ class Run:
 
     def _on_saved(self, link: Link, part: run_pb2.SavedPart) -> None:
         if part.generation == self.generation and not self._ending:
-            self._saves.take(link.stage, part)
+            self._saves.take(link.position, part)
 
     def _on_save_done(self, outcome: run_pb2.SaveOutcome) -> None:
         with self._lock:
@@ -251,8 +316,8 @@ class Run:
             self._finish(coordinator_pb2.RUN_STATE_ENDED, None)
 
     def _on_end(self, link: Link, failure: Exception | None) -> None:
-        if self._ending:
-            return
+        if self._ending or link not in self._links:
+            return  # another generation goes on, or nothing does
         if isinstance(failure, grpc.RpcError):
             reported = reported_error(failure, link.target)
             seen = "its stream broke"
@@ -273,10 +338,10 @@ class Run:
         self, link: Link, *, reported: GradwireError | None = None, seen: str = "", last_known: str = ""
     ) -> Evidence:
         with self._lock:
-            owed = self._window.owed_by(link.stage)
+            owed = self._window.owed_by(link.position)
             moment = f"during entry {owed.number}" if owed else "between entries"
         return Evidence(
-            stage=link.stage,
+            stages=link.stages,
             server=link.server,
             address=link.address,
             moment=moment,

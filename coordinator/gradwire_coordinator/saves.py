@@ -47,7 +47,7 @@ class _Save:
     draft: Manifest
     replacement: Replacement
     entry: int = 0  # 0: not in the log yet
-    # By stage.
+    # By position of the server, which is its first stage.
     parts: dict[int, run_pb2.SavedPart] = field(default_factory=dict)
     finishing: bool = False
 
@@ -61,7 +61,7 @@ class RunSaves:
         servers: Sequence[str],
         on_done: Callable[[run_pb2.SaveOutcome], None],
     ) -> None:
-        """`servers`: how errors name the run's servers, by stage."""
+        """`servers`: how errors name the run's servers, by position."""
         self._root = root
         self._servers = list(servers)
         self._on_done = on_done

@@ -6,7 +6,6 @@ Pure. Leaves to others: choosing the train graph's cuts (`partition.py`), and wh
 from __future__ import annotations
 
 import bisect
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,8 +15,9 @@ from gradwire_coordinator.costs import Rates, node_seconds
 from gradwire_coordinator.graph_index import GraphIndex, can_travel, learned_values, read_values
 from gradwire_coordinator.model_checks import IndexedModel
 from gradwire_coordinator.ownership import cuts_by_ownership
+from gradwire_coordinator.placement import Placement
 from gradwire_protocol.errors import ModelError
-from gradwire_protocol.frames import ELEMENT_BYTES
+from gradwire_protocol.optimizer_state import tensor_bytes
 from gradwire_protocol.v1 import graph_pb2, stage_pb2
 
 
@@ -36,14 +36,18 @@ class Segments:
         """Return the segments of one graph, by stage."""
         return {segment.stage: segment for segments in self.stages for segment in segments if segment.graph == kind}
 
-    def tied_stages(self) -> frozenset[int]:
-        """Return the stages that hold a copy of a trained parameter that others hold too."""
-        return frozenset(
-            stage
+    def held_by(self, server: int, server_of: Placement) -> list[stage_pb2.TensorPlacement]:
+        """Return the tensors that a server holds for its stages, each once."""
+        return [item for item in self.placements if any(server_of[stage] == server for stage in item.holder_stages)]
+
+    def tied_servers(self, server_of: Placement) -> frozenset[int]:
+        """Return the servers that hold a copy of a trained parameter that others hold too."""
+        holders = [
+            {server_of[stage] for stage in placement.holder_stages}
             for placement in self.placements
-            if len(placement.holder_stages) > 1 and placement.spec.requires_grad
-            for stage in placement.holder_stages
-        )
+            if placement.spec.requires_grad
+        ]
+        return frozenset(server for servers in holders if len(servers) > 1 for server in servers)
 
 
 def make_segments(indexed: IndexedModel, train_cuts: Sequence[int], rows: int, rates: Rates) -> Segments:
@@ -66,7 +70,7 @@ def make_segments(indexed: IndexedModel, train_cuts: Sequence[int], rows: int, r
                 index,
                 index.usable_cuts(indexed.mutated),
                 holders,
-                {name: _tensor_bytes(spec) for name, spec in indexed.tensors.items()},
+                {name: tensor_bytes(spec) for name, spec in indexed.tensors.items()},
                 indexed.mutated,
                 stages,
                 _distance(index, shares, rows, rates),
@@ -198,10 +202,6 @@ class _Cut:
         if place + 1 < len(consumers):
             incoming.gradient_from_stage = consumers[place + 1]
         return incoming
-
-
-def _tensor_bytes(spec: graph_pb2.TensorSpec) -> int:
-    return math.prod(spec.shape) * ELEMENT_BYTES[spec.data_type]
 
 
 def _shares(index: GraphIndex, cuts: Sequence[int], rows: int, rates: Rates) -> list[float]:

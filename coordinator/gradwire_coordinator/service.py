@@ -1,6 +1,6 @@
 """The coordinator's RPCs: what comes over the wire is checked here, and passed to the registry and the runs.
 
-Leaves to others: the server around it (`gradwire_protocol.serving`), planning (`layout.py`), a run's life (`run.py`).
+Leaves to others: the server around it (`gradwire_protocol.serving`), planning (`planner.py`), a run's life (`run.py`).
 """
 
 # ruff: noqa: N802  # gRPC gives the methods their names
@@ -19,14 +19,18 @@ from typing import Any
 import grpc
 import structlog
 
-from gradwire_coordinator.boundaries import needs_links
+from gradwire_coordinator.cost_book import CostBook
 from gradwire_coordinator.layout import Layout, lay_out
 from gradwire_coordinator.link_rates import LinkBook
 from gradwire_coordinator.log import RunLog
 from gradwire_coordinator.metrics import Metrics
 from gradwire_coordinator.model_checks import IndexedModel, check_model, check_optimizer, check_plan
 from gradwire_coordinator.partition import check_stage_count
+from gradwire_coordinator.plan_summary import summarise
+from gradwire_coordinator.planner import Planner, plan_run
 from gradwire_coordinator.registry import Registry, Server, describe
+from gradwire_coordinator.replan import Basis
+from gradwire_coordinator.replanner import Replanner
 from gradwire_coordinator.run import Run, RunContext
 from gradwire_coordinator.stored import inspect
 from gradwire_protocol.checkpoint.root import CheckpointRoot
@@ -60,11 +64,13 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         connect: Callable[[str], Any],
         version: str,
         checkpoint_root: Path | None = None,
+        costs: CostBook | None = None,
         undriven_seconds: float = UNDRIVEN_SECONDS,
         sweep_seconds: float = SWEEP_SECONDS,
     ) -> None:
         self._registry = registry
-        self._links = LinkBook(connect)
+        self._replanner = Replanner()
+        self._planner = Planner(LinkBook(connect), costs or CostBook(connect))
         self._metrics = metrics
         self._version = version
         self._undriven_seconds = undriven_seconds
@@ -124,16 +130,30 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
     # Runs.
 
     def CreateRun(self, request: pb.CreateRunRequest, context: Any) -> pb.CreateRunReply:
-        check_plan(request.plan)
-        indexed = check_model(request.model)
-        check_optimizer(request.optimizer, indexed.tensors)
-        check_stage_count(request.plan.stages, indexed.train.usable_cuts(indexed.mutated))
+        indexed = _checked(request)
         run, layout = self._create_run(request, indexed, context)
         if self._closed.is_set() or not context.is_active():
             run.end("its client went away while it was prepared")
         self._count_runs()
-        _log.info("run prepared", run=run.run, servers=list(run.stage_of), schedule=layout.picture())
-        return pb.CreateRunReply(run=run.run, generation=run.generation, servers=layout.for_client, plan=layout.summary)
+        _log.info("run prepared", run=run.run, servers=list(run.stages_of), schedule=layout.picture())
+        return pb.CreateRunReply(
+            run=run.run,
+            generation=run.generation,
+            servers=layout.for_client,
+            plan=layout.summary,
+            timeline=layout.timeline,
+        )
+
+    def Plan(self, request: pb.CreateRunRequest, context: Any) -> pb.PlanReply:
+        indexed = _checked(request)
+        name = f"plan-{uuid.uuid4().hex[:12]}"
+        servers = self._registry.reserve(name, request.plan.stages, indexed.operators)
+        try:
+            known = self._planner.measure(request.plan, indexed, servers)
+        finally:
+            self._registry.release(name)
+        planned = plan_run(request, indexed, servers, known)
+        return pb.PlanReply(plan=summarise(request.plan, planned), timeline=planned.timeline)
 
     def _create_run(self, request: pb.CreateRunRequest, indexed: IndexedModel, context: Any) -> tuple[Run, Layout]:
         """Create a run, with other servers if some do not answer and there are others."""
@@ -157,14 +177,15 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         name = f"run-{uuid.uuid4().hex[:12]}"
         servers = self._registry.reserve(name, request.plan.stages, indexed.operators)
         try:
-            links = self._links.rates([server.address for server in servers]) if needs_links(request.plan) else []
-            layout = lay_out(name, _FIRST_GENERATION, request, indexed, servers, links)
+            planned = plan_run(request, indexed, servers, self._planner.measure(request.plan, indexed, servers))
+            layout = lay_out(name, _FIRST_GENERATION, request, indexed, planned)
             run = Run(name, _FIRST_GENERATION, request, layout, self._context)
         except BaseException:
             self._registry.release(name)
             raise
         with self._lock:
             self._runs[name] = run
+        self._replanner.keep(name, Basis(request, indexed, planned, layout))
         run.prepare(request, layout.prepare)
         return run, layout
 
@@ -188,6 +209,9 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
                 yield pb.DriveReply(saved=result)
             else:
                 yield pb.DriveReply(result=result)
+
+    def Replan(self, request: pb.ReplanRequest, context: Any) -> pb.ReplanReply:
+        return self._replanner.replan(self._run(request.run), request.minimum_gain)
 
     def EndRun(self, request: pb.EndRunRequest, context: Any) -> pb.EndRunReply:
         self._run(request.run).end("it was ended on request")
@@ -265,13 +289,15 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         self._count_servers()
 
     def _on_result(self, run: Run, entry: run_pb2.Entry, result: run_pb2.EntryResult) -> None:
+        self._replanner.take(run.run, entry, result)
         if entry.HasField("train_step"):
-            self._metrics.step_finished(run.run, run.stage_of, result)
+            self._metrics.step_finished(run.run, run.generation, run.stages_of, result)
         if entry.number == 1:
             self._count_runs()
 
     def _on_finished(self, run: Run) -> None:
         self._registry.release(run.run)
+        self._replanner.forget(run.run)
         with self._lock:
             over = [name for name, known in self._runs.items() if known.is_over]
             for name in over[: max(0, len(over) - KEPT_RUNS)]:
@@ -285,6 +311,15 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         with self._lock:
             states = [run.state for run in self._runs.values()]
         self._metrics.count_runs(states)
+
+
+def _checked(request: pb.CreateRunRequest) -> IndexedModel:
+    """Return the model of a request that can be planned; the typed error of the first thing that is wrong with it."""
+    check_plan(request.plan)
+    indexed = check_model(request.model)
+    check_optimizer(request.optimizer, indexed.tensors)
+    check_stage_count(request.plan.stages * request.plan.virtual_stages, indexed.train.usable_cuts(indexed.mutated))
+    return indexed
 
 
 def _follow(run: Run, requests: Iterator[pb.DriveRequest], context: Any) -> None:

@@ -48,6 +48,13 @@ class StageSeconds:
         """Return the seconds of a stage whose backward takes as long in two parts as whole."""
         return cls(forward, input_gradient + weight_gradient, input_gradient, weight_gradient)
 
+    def plus(self, forward: float, backward: float) -> StageSeconds:
+        """Return these seconds with more that each forward takes, and each backward or its first part."""
+        first = self.of[INPUT_GRADIENT]
+        return StageSeconds(
+            self.forward + forward, self.backward + backward, first + backward, self.of[WEIGHT_GRADIENT]
+        )
+
     @cached_property
     def of(self) -> dict[str, float]:
         """The seconds of an action, by kind."""
@@ -221,6 +228,18 @@ def step_seconds(
     placement = tuple(server_of[stage] for stage in sorted(server_of))
     nothing = (StageBytes(0, 0),) * len(stages)
     return simulate(programs, StepCosts(placement, tuple(stages), tuple(links), nothing)).seconds
+
+
+def equal_stages_bubble(programs: Sequence[Sequence[Action]], placement: Placement) -> float:
+    """Return the bubble of a step if all stages, and F, I and W, take as long, and links no time.
+
+    Of 1F1B it is (p − 1) ÷ (m + p − 1).
+    """
+    count = len(placement)
+    equal = (StageSeconds.in_parts(1.0, 1.0, 1.0),) * count
+    costs = StepCosts(placement, equal, (LinkSeconds(0.0, 0.0, 0.0),) * (count - 1), (StageBytes(0, 0),) * count)
+    done = simulate(programs, costs)
+    return 1.0 - sum(done.busy) / (len(done.busy) * done.seconds)
 
 
 def _peaks(program: Sequence[Action], held: Sequence[StageBytes]) -> tuple[int, int]:

@@ -24,14 +24,15 @@ class StallWatch:
         generation: int,
         plan: run_pb2.Plan,
         servers: Sequence[Server],
+        stages: Sequence[Sequence[int]],
         standing: Callable[[str], ServerStanding | None],
     ) -> None:
-        """`servers`: by stage. `standing`: how the registry knows a server; None: not any more."""
+        """`servers`: by position; `stages`: of each. `standing`: how the registry knows a server; None: no more."""
         self._run = run
         self._generation = generation
         self._stall_seconds = plan.stall_seconds or DEFAULT_STALL_SECONDS
         self._step_seconds = plan.step_seconds
-        self._servers = list(servers)
+        self._servers = list(zip(servers, stages, strict=True))
         self._standing = standing
         self._client_acted_at = -math.inf
 
@@ -45,20 +46,21 @@ class StallWatch:
         if oldest is None:
             return None
         standings = []
-        for stage, server in enumerate(self._servers):
+        for position, (server, stages) in enumerate(self._servers):
             known = self._standing(server.server)
             if known is None:
                 return None  # it is lost, and the run about to fail of that
-            activity, owed = known.activity, window.owed_by(stage)
+            activity, owed = known.activity, window.owed_by(position)
             is_of_run = (activity.run, activity.generation) == (self._run, self._generation)
             standings.append(
                 Standing(
-                    stage=stage,
+                    position=position,
+                    stages=stages,
                     server=server.server,
                     address=server.address,
                     activity=activity if is_of_run else None,
                     owes=0 if owed is None else owed.number,
-                    owed_seconds=window.owed_seconds(stage, now),
+                    owed_seconds=window.owed_seconds(position, now),
                     silent_seconds=known.silent_seconds,
                     still_seconds=known.still_seconds,
                     client_still_seconds=known.client_still_seconds,

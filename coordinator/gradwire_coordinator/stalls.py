@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gradwire_protocol.activities import activity_words, doing_words, is_between_entries, wait_words
+from gradwire_protocol.activities import activity_words, doing_words, is_between_entries, stage_names, wait_words
 from gradwire_protocol.errors import Stalled
 from gradwire_protocol.v1 import run_pb2, stage_pb2
 
@@ -22,7 +22,10 @@ _WITH_BATCH = ("train_step", "evaluate", "predict")
 class Standing:
     """One server of a run, as its coordinator knows it."""
 
-    stage: int
+    # In its pipeline.
+    position: int
+    # That it hosts.
+    stages: Sequence[int]
     server: str
     address: str
     # Of this run, as of the last heartbeat; None: it has told nothing of this run.
@@ -47,7 +50,12 @@ class Standing:
 
     @property
     def where(self) -> str:
-        return f"Stage {self.stage} (server {self.server} at {self.address})"
+        return f"{self.name.capitalize()} (server {self.server} at {self.address})"
+
+    @property
+    def name(self) -> str:
+        """Return "stage 2", or "stages 0, 4"."""
+        return stage_names(self.stages)
 
     @property
     def heard(self) -> str:
@@ -60,9 +68,7 @@ class Standing:
 
     @property
     def words(self) -> str:
-        return f"stage {self.stage} " + (
-            "holds no such run" if self.activity is None else activity_words(self.activity)
-        )
+        return f"{self.name} " + ("holds no such run" if self.activity is None else activity_words(self.activity))
 
 
 def find_stall(servers: Sequence[Standing], *, client_seconds: float, limit_seconds: float) -> Stalled | None:
@@ -74,7 +80,8 @@ def find_stall(servers: Sequence[Standing], *, client_seconds: float, limit_seco
     """
     by_name = {server.server: server for server in servers}
     client_still = min([client_seconds, *(server.client_still_seconds for server in servers)])
-    for start in sorted((server for server in servers if server.owes), key=lambda server: (server.owes, server.stage)):
+    owing = [server for server in servers if server.owes]
+    for start in sorted(owing, key=lambda server: (server.owes, server.position)):
         path = _path(start, by_name, limit_seconds)
         if not path:
             continue
@@ -176,22 +183,22 @@ def _lost(waiting: Standing, owner: Standing, waits: str, limit_seconds: float) 
     return Stalled(
         f"{waiting.where} has waited {waiting.stands_still():.1f} s for {missing}, which has finished its part",
         expected=f"the message within {limit_seconds:g} s, the plan's stall_seconds, while nothing moves",
-        got=_joined(waits, f"stage {owner.stage}: {on_the_way}"),
-        remedy=f"check the network between stage {owner.stage} at {owner.address} and stage {waiting.stage} "
-        f"at {waiting.address}",
+        got=_joined(waits, f"{owner.name}: {on_the_way}"),
+        remedy=f"check the network between {owner.name} at {owner.address} and {waiting.name} at {waiting.address}",
     )
 
 
 def _circle(path: Sequence[Standing], closing: Standing, limit_seconds: float) -> Stalled:
     """The waits close at one that is on the way already: something was lost between two of them."""
     circle = path[path.index(closing) :] if closing in path else path
-    stages = ", ".join(str(server.stage) for server in circle)
+    several = any(len(server.stages) > 1 for server in circle)
+    stages = (" and " if several else ", ").join(", ".join(map(str, server.stages)) for server in circle)
     seconds = min(server.stands_still() for server in circle)
     return Stalled(
         f"Stages {stages} have waited for each other for {seconds:.1f} s: a message between them was lost",
         expected=f"progress within {limit_seconds:g} s, the plan's stall_seconds",
         got=_waits(circle),
-        remedy="check the network between " + " and ".join(f"stage {s.stage} at {s.address}" for s in circle),
+        remedy="check the network between " + " and ".join(f"{s.name} at {s.address}" for s in circle),
     )
 
 

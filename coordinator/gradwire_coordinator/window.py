@@ -23,20 +23,21 @@ class _Open:
     dispatched_at: float
     # When the first server can have started it.
     started_at: float = math.inf
-    # By stage.
+    # By position of the server.
     reports: dict[int, run_pb2.EntryReport] = field(default_factory=dict)
 
 
 class Window:
     """The entries that were dispatched and are not finished, oldest first."""
 
-    def __init__(self, servers: Sequence[str]) -> None:
-        """`servers`: the identifiers of the run's servers, by stage."""
+    def __init__(self, servers: Sequence[str], *, loss_from: int) -> None:
+        """servers: identifiers of the run's servers, by position. loss_from: position of the last stage's server."""
         self._servers = list(servers)
+        self._loss_from = loss_from
         self._open: deque[_Open] = deque()
         # When the oldest open entry became the oldest.
         self._oldest_since = -math.inf
-        # When each server finished its last entry, by stage.
+        # When each server finished its last entry, by position.
         self._idle_since = [-math.inf] * len(servers)
 
     def __len__(self) -> int:
@@ -48,45 +49,45 @@ class Window:
             self._oldest_since = now
         self._open.append(_Open(entry, now))
 
-    def owed_by(self, stage: int) -> run_pb2.Entry | None:
-        """Return the oldest entry that a stage's server has not reported; None if it owes nothing."""
-        return next((item.entry for item in self._open if stage not in item.reports), None)
+    def owed_by(self, position: int) -> run_pb2.Entry | None:
+        """Return the oldest entry that a server has not reported; None if it owes nothing."""
+        return next((item.entry for item in self._open if position not in item.reports), None)
 
-    def owed_seconds(self, stage: int, now: float) -> float:
-        """Return how long ago the oldest entry that a stage's server has not reported was dispatched; 0 if none."""
-        return next((now - item.dispatched_at for item in self._open if stage not in item.reports), 0.0)
+    def owed_seconds(self, position: int, now: float) -> float:
+        """Return how long ago the oldest entry that a server has not reported was dispatched; 0 if none."""
+        return next((now - item.dispatched_at for item in self._open if position not in item.reports), 0.0)
 
     def oldest(self, now: float) -> tuple[run_pb2.Entry, float] | None:
         """Return the oldest open entry, and for how many seconds it has been that; None if none is open."""
         return (self._open[0].entry, now - self._oldest_since) if self._open else None
 
     def report(
-        self, stage: int, report: run_pb2.EntryReport, now: float
+        self, position: int, report: run_pb2.EntryReport, now: float
     ) -> tuple[run_pb2.Entry, run_pb2.EntryResult] | None:
         """Take in a server's report; return the oldest entry with its result if that is complete now.
 
         FrameError if it is not the report that the server owes.
         """
-        owed = next((item for item in self._open if stage not in item.reports), None)
+        owed = next((item for item in self._open if position not in item.reports), None)
         if owed is None:
             raise FrameError("A server reported an entry that it was not sent", got=f"entry {report.entry}")
-        _check(report, owed.entry, last_stage=stage == len(self._servers) - 1)
-        owed.reports[stage] = report
-        owed.started_at = min(owed.started_at, max(owed.dispatched_at, self._idle_since[stage]))
-        self._idle_since[stage] = now
+        _check(report, owed.entry, last_stage=position == self._loss_from)
+        owed.reports[position] = report
+        owed.started_at = min(owed.started_at, max(owed.dispatched_at, self._idle_since[position]))
+        self._idle_since[position] = now
         if len(owed.reports) < len(self._servers):
             return None
         # Every server reports in order, so the entry that is complete first is the oldest.
         self._open.popleft()
         self._oldest_since = now
-        reports = [(server, owed.reports[stage]) for stage, server in enumerate(self._servers)]
+        reports = [(server, owed.reports[place]) for place, server in enumerate(self._servers)]
         return owed.entry, merge_reports(owed.entry, reports, now - owed.started_at)
 
 
 def merge_reports(
     entry: run_pb2.Entry, reports: Sequence[tuple[str, run_pb2.EntryReport]], seconds: float
 ) -> run_pb2.EntryResult:
-    """Return the result of an entry from (server, report) of all servers, by stage.
+    """Return the result of an entry from (server, report) of all servers, by position.
 
     The loss is the sum of the parts' sums, divided once by the sum of their weights, in micro-batch order; NaN where
     the weights add up to nothing, as torch has it for a batch that is masked out.

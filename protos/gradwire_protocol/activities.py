@@ -50,6 +50,10 @@ def message_words(key: KeyParts) -> str:
             return f"tensor {key.value!r} from the client"
         case pb.DIRECTION_TIED:
             return f"gradient of the tied tensor {key.value!r} {stage}"
+        case pb.DIRECTION_MOVED if key.state:
+            return f"the optimizer's {key.state!r} of {key.value!r} {stage}"
+        case pb.DIRECTION_MOVED:
+            return f"tensor {key.value!r} {stage}"
         case pb.DIRECTION_NORM:
             return f"sum of squared gradients {stage}"
         case pb.DIRECTION_WEIGHT:

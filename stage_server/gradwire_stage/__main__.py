@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -61,6 +62,8 @@ def serve(
         watch_stdin()
     try:
         # Imports come here, not above: torch takes a second, while the parent is watched and settings are checked.
+        # Without looking for garbage, which takes a third of it: `run_server` begins with that when all is loaded.
+        gc.disable()
         from gradwire_stage.settings import load_stage_settings
 
         settings = load_stage_settings(flags, file)

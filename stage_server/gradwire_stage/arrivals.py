@@ -13,7 +13,7 @@ from gradwire_protocol.v1 import tensors_pb2 as pb
 from gradwire_stage.keys import FROM_CLIENT, Key, Source
 
 CLIENT = "client"
-EXCHANGE = frozenset({pb.DIRECTION_TIED, pb.DIRECTION_NORM, pb.DIRECTION_WEIGHT})
+EXCHANGE = frozenset({pb.DIRECTION_TIED, pb.DIRECTION_NORM, pb.DIRECTION_WEIGHT, pb.DIRECTION_MOVED})
 _BY_MICRO_BATCH = frozenset({pb.DIRECTION_BATCH, pb.DIRECTION_FORWARD, pb.DIRECTION_BACKWARD})
 
 
@@ -41,7 +41,7 @@ class Arrivals:
 
     def check(self, key: Key) -> None:
         """Refuse what cannot be meant for this server. FrameError."""
-        if key.state and key.direction != pb.DIRECTION_STATE:
+        if key.state and key.direction not in (pb.DIRECTION_STATE, pb.DIRECTION_MOVED):
             raise FrameError("Only state has names of the optimizer's values", expected="no state", got=str(key))
         if key.direction not in FROM_CLIENT and (
             key.direction == pb.DIRECTION_RESULT or key.source_stage not in self._server_of_stage

@@ -5,7 +5,6 @@ Operators and their arguments are checked where segments are built; tensor frame
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 from gradwire_protocol.channels import parse_address
@@ -19,25 +18,22 @@ from gradwire_protocol.frames import (
     MAXIMUM_STATE_BYTES,
     MAXIMUM_VALUE_BYTES,
 )
+from gradwire_protocol.optimizer_state import OptimizerState
 from gradwire_protocol.program import Action, program_from_proto
 from gradwire_protocol.v1 import graph_pb2, run_pb2, stage_pb2, tensors_pb2
+from gradwire_stage.move_checks import check_moves
 from gradwire_stage.program_checks import check_program
 
-MAXIMUM_STAGES = 4096
+MAXIMUM_STAGES = 16384
 MAXIMUM_MICRO_BATCHES = 65536
 MAXIMUM_TENSORS = 1_000_000
 # Types of autocast. Not FLOAT16: it needs the loss scaled, and one decision of all servers to skip a step.
-_PRECISIONS = (tensors_pb2.DATA_TYPE_UNSPECIFIED, tensors_pb2.DATA_TYPE_BFLOAT16)
+PRECISIONS = (tensors_pb2.DATA_TYPE_UNSPECIFIED, tensors_pb2.DATA_TYPE_BFLOAT16)
 _GRAPH_OF_ENTRY = {
     "train_step": graph_pb2.GRAPH_KIND_TRAIN,
     "evaluate": graph_pb2.GRAPH_KIND_EVALUATE,
     "predict": graph_pb2.GRAPH_KIND_PREDICT,
 }
-
-
-def tensor_bytes(spec: graph_pb2.TensorSpec) -> int:
-    """Return the size of a tensor of the model."""
-    return math.prod(spec.shape) * ELEMENT_BYTES[spec.data_type]
 
 
 def _refuse_unless(right: bool, what: str, expected: str, got: object) -> None:
@@ -73,7 +69,7 @@ def check_prepare(request: stage_pb2.PrepareRequest, server: str) -> stage_pb2.P
         "MEAN_OVER_ROWS or SUM_AND_WEIGHT",
         request.loss_form,
     )
-    _refuse_unless(request.precision in _PRECISIONS, "Wrong precision", "unspecified or BFLOAT16", request.precision)
+    _refuse_unless(request.precision in PRECISIONS, "Wrong precision", "unspecified or BFLOAT16", request.precision)
     codecs = list(request.activation_codecs)
     _refuse_unless(
         not codecs or (len(codecs) == request.stages - 1 and NAME_OF_CODEC.keys() >= set(codecs)),
@@ -217,22 +213,17 @@ def check_bounds(request: stage_pb2.PrepareRequest, mailbox_bytes: int) -> None:
         )
 
 
-def check_memory(request: stage_pb2.PrepareRequest, memory_bytes: int, state_factor: int) -> int:
+def check_memory(request: stage_pb2.PrepareRequest, memory_bytes: int) -> int:
     """Refuse a run whose state alone is above the device's memory; return the bytes of its tensors."""
-    state = trained = 0
-    for placement in request.tensors:
-        size = tensor_bytes(placement.spec)
-        state += size
-        trained += size if placement.spec.requires_grad else 0
-    needed = state + trained * (1 + state_factor)
-    if needed > memory_bytes:
+    held = OptimizerState(request.optimizer).held(placement.spec for placement in request.tensors)
+    if held.total > memory_bytes:
         raise LimitExceeded(
             "The stage does not fit on this server's device",
             expected=f"{memory_bytes / 2**30:.2f} GiB at most",
-            got=f"{needed / 2**30:.2f} GiB of weights, gradients and optimizer state, without activations",
+            got=f"{held.total / 2**30:.2f} GiB of weights, gradients and optimizer state, without activations",
             remedy="use more stages, or servers with more memory",
         )
-    return state
+    return held.weights
 
 
 def check_entry(
@@ -269,6 +260,8 @@ def check_entry(
             check_stored(entry.load_state.checkpoint)
     elif kind == "save_state":
         check_save(entry.save_state)
+    elif kind == "new_plan":
+        check_moves(entry.new_plan)
     program = program_from_proto(request.program)
     if kind not in _GRAPH_OF_ENTRY:
         _refuse_unless(not program, f"An entry of kind {kind} has a program", "none", len(program))

@@ -18,10 +18,11 @@ from gradwire_stage import timeline as phases
 from gradwire_stage.gradients import Gradients
 from gradwire_stage.keys import Key
 from gradwire_stage.optimizer import StateValue
-from gradwire_stage.passes import Passes, put_result, take, take_tensor
+from gradwire_stage.passes import Passes, put_result, take_state, take_tensor
 from gradwire_stage.run_state import RunState
 from gradwire_stage.snapshot import is_saved, save_state
 from gradwire_stage.stored_state import StoredState
+from gradwire_stage.takeover import take_over
 from gradwire_stage.timeline import Timeline
 from gradwire_stage.weights import ServerWeights
 
@@ -39,6 +40,8 @@ def run_entry(
     """
     report = run_pb2.EntryReport(entry=entry.number, generation=entry.generation)
     kind = entry.WhichOneof("kind")
+    if run.kept is not None and kind != "new_plan":
+        raise FrameError("The state was not taken over yet", expected="a NewPlan entry first", got=str(kind))
     run.mailbox.begin(entry.number, training=kind == "train_step")
     match kind:
         case "load_state":
@@ -53,6 +56,8 @@ def run_entry(
             _fetch_state(run, timeline, entry.number, optimizer_state=entry.fetch_state.optimizer_state)
         case "save_state":
             save_state(run, timeline, entry, on_saved)
+        case "new_plan":
+            take_over(run, timeline, entry.number, entry.new_plan)
         case _:
             raise InternalError(f"An entry of kind {kind} passed the checks")
     run.mailbox.finish(entry.number)
@@ -166,7 +171,7 @@ def _load_state(run: RunState, timeline: Timeline[Any], entry: int, load: run_pb
     for item in load.optimizer_state:
         if item.parameter in run.parameters:
             key = Key(entry, 0, item.parameter, pb.DIRECTION_STATE, 0, item.state)
-            value = _take_state(run, timeline, key) if stored is None else stored.state(item)
+            value = take_state(run, timeline, key) if stored is None else stored.state(item)
             states.setdefault(item.parameter, {})[item.state] = value
             run.progress.advance()
     if stored is not None:
@@ -181,14 +186,6 @@ def _pass_on(run: RunState, timeline: Timeline[Any], entry: int, stored: StoredS
         for name, tensor in stored.kept():
             put_result(run, timeline, entry, run.result(entry, 0, name, tensor, stage=run.first_stage))
     stored.check_unchanged()
-
-
-def _take_state(run: RunState, timeline: Timeline[Any], key: Key) -> StateValue:
-    """Take a tensor, as a copy that may be written to, or a number."""
-    content = take(run, timeline, key)
-    if isinstance(content, pb.Absent):
-        raise FrameError(f"A message carries nothing: {key}", expected="a tensor or a number", got="absent")
-    return run.device.claim(content[0]).clone() if isinstance(content, tuple) else content
 
 
 def _fetch_state(run: RunState, timeline: Timeline[Any], entry: int, *, optimizer_state: bool) -> None:

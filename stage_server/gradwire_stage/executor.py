@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 
 import structlog
 
+from gradwire_protocol.activities import stage_names
 from gradwire_protocol.errors import Aborted, GradwireError, LimitExceeded, StageFailed
 from gradwire_protocol.program import Action
 from gradwire_protocol.v1 import run_pb2, stage_pb2
@@ -49,6 +50,7 @@ class Executor:
         self._lock = threading.Lock()
         self._end: GradwireError | None = None  # why the run ends early
         self._next_number: int | None = None
+        self._finished_number: int | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._main, name=f"compute {self.run.run}", daemon=True)
         self._thread.start()
@@ -103,6 +105,12 @@ class Executor:
         """Whether the run was released or has failed, or has ended."""
         return self._end is not None or self._ended.is_set()
 
+    @property
+    def between_entries(self) -> bool:
+        """Whether everything is done that came so far, and the run goes on."""
+        done = self._finished_number
+        return not self.ending and self._next_number == (None if done is None else done + 1)
+
     def wait_ended(self, timeout_seconds: float) -> bool:
         """Wait until the compute thread has let go of everything; return whether it has."""
         return self._ended.wait(timeout_seconds)
@@ -150,6 +158,7 @@ class Executor:
             report = run_entry(run, timeline, entry, program, self._reports.put)
             run.progress.action, run.progress.doing = None, ""
             run.progress.advance()
+            self._finished_number = entry.number
             self._reports.put(report)
         return self._end
 
@@ -169,7 +178,7 @@ class Executor:
         return StageFailed(where, got=f"{type(error).__name__}: {error}", remedy=remedy)
 
     def _stages(self) -> str:
-        return f"Stage {', '.join(map(str, self.run.stages))}"
+        return stage_names(self.run.stages).capitalize()
 
 
 def _prefixed(where: str, error: GradwireError) -> GradwireError:

@@ -37,6 +37,7 @@ OVERHEAD_BYTES = 1024
 # Of one stream, untaken, before it is held back.
 CREDIT_BYTES = 64 * 2**20
 MAXIMUM_STREAMS = 256
+_STATE = frozenset({pb.DIRECTION_STATE, pb.DIRECTION_MOVED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,7 +318,7 @@ class Mailbox(Generic[Content]):
         if waiting is not None and self._stream_of(waiting.key) == self._stream_of(key):
             return True
         # All tensors of the state are of one micro-batch: those come as the compute thread asks for them.
-        return key.direction != pb.DIRECTION_STATE and (key.entry, key.micro_batch) <= self._front
+        return key.direction not in _STATE and (key.entry, key.micro_batch) <= self._front
 
     def _has_credit(self, inflow: Inflow, size: int) -> bool:
         """Whether a message that is not due may come: half of the room is kept for those that are."""

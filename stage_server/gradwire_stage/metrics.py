@@ -24,6 +24,7 @@ KINDS = {
     pb.DIRECTION_NORM: "norm",
     pb.DIRECTION_WEIGHT: "weight",
     pb.DIRECTION_RESULT: "result",
+    pb.DIRECTION_MOVED: "moved",
 }
 SENT = "sent"
 RECEIVED = "received"

@@ -13,38 +13,21 @@ from typing import Any
 import torch
 
 from gradwire_protocol.errors import OptimizerError
+from gradwire_protocol.optimizer_state import STATE_FACTORS
 from gradwire_protocol.v1 import graph_pb2, run_pb2
 
-# Bytes that the optimizer keeps per byte of parameters, at most (with amsgrad, momentum and the like switched on).
-_STATE_FACTORS = {
-    "ASGD": 1,
-    "Adadelta": 2,
-    "Adafactor": 1,
-    "Adagrad": 1,
-    "Adam": 3,
-    "AdamW": 3,
-    "Adamax": 2,
-    "Muon": 1,
-    "NAdam": 2,
-    "RAdam": 2,
-    "RMSprop": 3,
-    "Rprop": 2,
-    "SGD": 1,
-}
-ALLOWED = frozenset(name for name in _STATE_FACTORS if hasattr(torch.optim, name))
+ALLOWED = frozenset(name for name in STATE_FACTORS if hasattr(torch.optim, name))
 
 Setting = bool | int | float | str | None | tuple[Any, ...]
 # What an optimizer keeps for a parameter.
 StateValue = torch.Tensor | int | float | bool
 
 
-def state_factor(name: str) -> int:
-    """Return how many bytes of optimizer state a byte of parameters can need; 0 for unknown names."""
-    return _STATE_FACTORS.get(name, 0)
-
-
 def warm_up() -> None:
-    """Make torch import what its first optimizer needs (torch._dynamo, about a second), before a run waits for it."""
+    """Make torch import what its first optimizer or custom operator needs (torch._dynamo, seconds), before that.
+
+    Takes no time when it has been done.
+    """
     torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
 
 

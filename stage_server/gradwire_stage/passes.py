@@ -16,6 +16,7 @@ from gradwire_protocol.v1 import graph_pb2, run_pb2
 from gradwire_protocol.v1 import tensors_pb2 as pb
 from gradwire_stage import timeline as phases
 from gradwire_stage.keys import Key
+from gradwire_stage.optimizer import StateValue
 from gradwire_stage.outbox import Result
 from gradwire_stage.peers import Incoming, Value
 from gradwire_stage.recomputation import Inputs
@@ -32,6 +33,7 @@ _WAITS = {
     pb.DIRECTION_TIED: phases.WAIT_EXCHANGE,
     pb.DIRECTION_NORM: phases.WAIT_EXCHANGE,
     pb.DIRECTION_WEIGHT: phases.WAIT_EXCHANGE,
+    pb.DIRECTION_MOVED: phases.WAIT_EXCHANGE,
 }
 
 
@@ -53,6 +55,14 @@ def take_tensor(run: RunState, timeline: Timeline[Any], key: Key) -> torch.Tenso
     if not isinstance(content, tuple):
         raise FrameError(f"A message carries a number: {key}", expected="a tensor", got=repr(content))
     return run.device.claim(content[0])
+
+
+def take_state(run: RunState, timeline: Timeline[Any], key: Key) -> StateValue:
+    """Take a value of the optimizer's state: a tensor, as a copy that may be written to, or a number."""
+    content = take(run, timeline, key)
+    if isinstance(content, pb.Absent):
+        raise FrameError(f"A message carries nothing: {key}", expected="a tensor or a number", got="absent")
+    return run.device.claim(content[0]).clone() if isinstance(content, tuple) else content
 
 
 def put_result(run: RunState, timeline: Timeline[Any], entry: int, result: Result) -> None:

@@ -31,7 +31,7 @@ _TABLES: dict[str, Mapping[int, Any]] = {
     "layout": _LAYOUTS,
     "memory_format": _MEMORY_FORMATS,
 }
-_MAX_NESTING = 8
+MAXIMUM_NESTING = 8
 
 
 class Rebuilt:
@@ -109,7 +109,7 @@ class Rebuilt:
         kind = argument.WhichOneof("kind")
         if kind == "value":
             return self._read(argument.value, reader)
-        if kind == "list" and depth < _MAX_NESTING:
+        if kind == "list" and depth < MAXIMUM_NESTING:
             return [self._argument(item, reader, depth + 1) for item in argument.list.items]
         if kind == "none":
             return None

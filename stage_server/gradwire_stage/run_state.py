@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from gradwire_protocol.activities import wait_words
+from gradwire_protocol.activities import stage_names, wait_words
 from gradwire_protocol.checkpoint.root import CheckpointRoot
 from gradwire_protocol.checksums import check_available
 from gradwire_protocol.delivery import Delivered
@@ -31,10 +31,11 @@ from gradwire_stage.checkpoint_writer import CheckpointWriter
 from gradwire_stage.checks import check_bounds, check_memory, check_prepare
 from gradwire_stage.codecs.registry import unpack
 from gradwire_stage.device import Device
+from gradwire_stage.kept_state import KeptState
 from gradwire_stage.keys import FROM_CLIENT, Key
 from gradwire_stage.mailbox import CREDIT_BYTES, Inflow, Mailbox, Reservation
 from gradwire_stage.metrics import StageMetrics
-from gradwire_stage.optimizer import StageOptimizer, state_factor
+from gradwire_stage.optimizer import StageOptimizer
 from gradwire_stage.outbox import Outbox, Result
 from gradwire_stage.peers import ABSENT, SEND_BYTES, Incoming, Peers, Value, make_header
 from gradwire_stage.routes import routes_of
@@ -48,7 +49,11 @@ _SHOWN_PEERS = 64
 _FLUSH_SECONDS = 5.0
 
 
-def _empty_tensor(spec: graph_pb2.TensorSpec, device: torch.device) -> torch.Tensor:
+def _make_tensor(spec: graph_pb2.TensorSpec, device: torch.device, kept: KeptState | None) -> torch.Tensor:
+    """Return a tensor of the model: the one that was kept, or an empty one."""
+    present = None if kept is None else kept.tensor(spec)
+    if present is not None:
+        return present
     tensor = torch.empty(tuple(spec.shape), dtype=TORCH_TYPES[spec.data_type], device=device)
     if spec.kind == graph_pb2.TENSOR_KIND_PARAMETER:
         return torch.nn.Parameter(tensor, requires_grad=spec.requires_grad)
@@ -80,12 +85,13 @@ class RunState:
         operators: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
         shared_memory: SharedMemory,
         tensor_bytes: int,
+        kept: KeptState | None = None,
     ) -> None:
         own = check_prepare(request, server)
         if request.checksums:
             check_available(f"Stage server {server}")
         check_bounds(request, mailbox_bytes)
-        self.state_bytes = check_memory(request, memory_bytes, state_factor(request.optimizer.name))
+        self.state_bytes = check_memory(request, memory_bytes)
         self.run = request.run
         self.generation = request.generation
         self.stages = tuple(own.stages)
@@ -107,7 +113,7 @@ class RunState:
         self.last_stage = request.stages - 1
         self.placements = {placement.spec.name: placement for placement in request.tensors}
         self.tensors = {
-            name: _empty_tensor(placement.spec, device.torch_device) for name, placement in self.placements.items()
+            name: _make_tensor(placement.spec, device.torch_device, kept) for name, placement in self.placements.items()
         }
         # What trains here.
         self.parameters = {
@@ -130,14 +136,16 @@ class RunState:
         # The stage that makes the loss, by graph, where it is here.
         self.loss_stage = {segment.graph: segment.stage for segment in request.segments if segment.loss}
         self.optimizer = StageOptimizer(request.optimizer, self.parameters)
-        self.weight_version = 0
+        # Of the generation before, until the first entry has taken it over.
+        self.kept = kept
+        self.weight_version = 0 if kept is None else kept.weight_version
         self.progress = Progress()
         self._aborted: GradwireError | None = None
         self.checkpoint_root = CheckpointRoot(checkpoint_root, f"Stage server {server}")
         self.checkpoints = CheckpointWriter(
             self.checkpoint_root,
             stage=self.first_stage,
-            who=f"stage {self.first_stage} (server {server})",
+            who=f"{stage_names(self.stages)} (server {server})",
             advance=self.progress.advance,
         )
         self.metrics = metrics.of_run(self.run, self.stages, self.replica)
@@ -290,6 +298,7 @@ class RunState:
 
     def free(self) -> None:
         """Let go of everything that takes memory, and of the run's metrics. After the compute thread's last use."""
+        self.kept = None
         self.segments.clear()
         self.tensors.clear()
         self.parameters.clear()

@@ -84,6 +84,7 @@ def run_server(settings: StageSettings) -> None:
     warm_up()
     # What the imports have made stays: later collections need not look at it.
     gc.freeze()
+    gc.enable()
     service.wait()
     _log.info("stopping", server=server)
     membership.stop()

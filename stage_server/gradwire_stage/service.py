@@ -28,11 +28,13 @@ from gradwire_protocol.v1 import tensors_pb2 as pb
 from gradwire_stage.device import Device
 from gradwire_stage.executor import Executor
 from gradwire_stage.intake import Intake, StreamLimit
+from gradwire_stage.kept_state import KeptState
 from gradwire_stage.links import MAXIMUM_LINKS, answer, measure_link
 from gradwire_stage.local_streams import LocalStreams
 from gradwire_stage.mailbox import CREDIT_BYTES
 from gradwire_stage.metrics import StageMetrics
 from gradwire_stage.peers import SEND_BYTES
+from gradwire_stage.profiling import measure_costs
 from gradwire_stage.run_state import RunState
 from gradwire_stage.shared_memory import SharedMemory
 
@@ -112,7 +114,7 @@ class StageService(stage_pb2_grpc.StageServiceServicer):
         self._streams = StreamLimit(limits.streams)
         self._local_streams = LocalStreams(self._shared_memory, self._make_intake, self._streams)
         self._lock = threading.Lock()  # guards _held
-        self._preparing = threading.Lock()  # one Prepare at a time
+        self._preparing = threading.Lock()  # one Prepare at a time, and no measurement beside it
         self._held: _Held | None = None
         metrics.mailbox_bytes.set_function(self._mailbox_bytes)
         metrics.local_streams.set_function(lambda: self._local_streams.count)
@@ -132,13 +134,16 @@ class StageService(stage_pb2_grpc.StageServiceServicer):
 
     def Prepare(self, request: stage_pb2.PrepareRequest, context: Any) -> stage_pb2.PrepareReply:  # noqa: N802
         with self._preparing:
+            kept = self._kept_for(request) if request.takes_over else None
             self._make_room(request.run, request.generation)
-            executor = Executor(lambda fail: self._build(request, fail), self._on_end)
+            executor = Executor(lambda fail: self._build(request, fail, kept), self._on_end)
             with self._lock:
                 self._held = _Held(executor, self._limits.prepared_seconds)
         run = executor.run
         _log.info("prepared", run=run.run, generation=run.generation, stages=run.stages, state_bytes=run.state_bytes)
-        return stage_pb2.PrepareReply(state_bytes=run.state_bytes)
+        return stage_pb2.PrepareReply(
+            state_bytes=run.state_bytes, optimizer_state=[] if kept is None else kept.state_names()
+        )
 
     def Execute(  # noqa: N802
         self, requests: Iterator[stage_pb2.ExecuteRequest], context: Any
@@ -192,6 +197,25 @@ class StageService(stage_pb2_grpc.StageServiceServicer):
 
     def Probe(self, request: stage_pb2.ProbeRequest, context: Any) -> stage_pb2.ProbeReply:  # noqa: N802
         return answer(request)
+
+    # --- costs
+
+    def MeasureCosts(  # noqa: N802
+        self, request: stage_pb2.MeasureCostsRequest, context: Any
+    ) -> stage_pb2.MeasureCostsReply:
+        if not self._preparing.acquire(blocking=False):
+            raise ServerBusy(f"Stage server {self._server} prepares a run, or measures costs", expected="a free server")
+        try:
+            self._make_room("", 0)
+            return measure_costs(
+                request,
+                device=self._device,
+                memory_bytes=self._limits.memory_bytes // 2,
+                operators=self._operators,
+                cancelled=lambda: not context.is_active(),
+            )
+        finally:
+            self._preparing.release()
 
     # --- tensors
 
@@ -275,7 +299,20 @@ class StageService(stage_pb2_grpc.StageServiceServicer):
     def _make_intake(self) -> Intake:
         return Intake(self._find_run, self._limits.tensor_bytes)
 
-    def _build(self, request: stage_pb2.PrepareRequest, fail: Callable[[GradwireError], None]) -> RunState:
+    def _kept_for(self, request: stage_pb2.PrepareRequest) -> KeptState:
+        """Return the state of the generation before."""
+        held = self._held
+        if held is None or held.executor.run.run != request.run or not held.executor.between_entries:
+            raise StaleGeneration(
+                "The run's generation before cannot be taken over",
+                expected=f"run {request.run} on server {self._server}, between two entries",
+                got="no run" if held is None else f"run {held.executor.run.run}, {held.executor.run.progress.where()}",
+            )
+        return KeptState.of(held.executor.run)
+
+    def _build(
+        self, request: stage_pb2.PrepareRequest, fail: Callable[[GradwireError], None], kept: KeptState | None
+    ) -> RunState:
         return RunState(
             request,
             server=self._server,
@@ -293,6 +330,7 @@ class StageService(stage_pb2_grpc.StageServiceServicer):
             operators=self._operators,
             shared_memory=self._shared_memory,
             tensor_bytes=self._limits.tensor_bytes,
+            kept=kept,
         )
 
     def _make_room(self, run: str, generation: int) -> None:

@@ -72,6 +72,7 @@ def make_trainer(
     optimizer: torch.optim.Optimizer | None = None,
     *,
     stages: int = 2,
+    schedule: str = "auto",
     **changes: Any,
 ) -> gradwire.Trainer:
     """A trainer with AdamW, if no other optimizer is given, that clips gradients."""
@@ -81,7 +82,7 @@ def make_trainer(
         optimizer or adamw(model),
         loss=F.cross_entropy,
         example=make_batches(1)[0],
-        plan=gradwire.Plan(stages=stages, microbatches=2),
+        plan=gradwire.Plan(stages=stages, microbatches=2, schedule=schedule),
         **arguments,
     )
 

@@ -5,9 +5,12 @@ Models with dropout need real processes: torch's random generator is one a proce
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import MappingProxyType
+
+from torch._ops import OpOverload
 
 from gradwire.cluster import Cluster, connect
 from gradwire_coordinator.log import RunLog
@@ -17,6 +20,7 @@ from gradwire_coordinator.service import Coordinator
 from gradwire_protocol.channels import open_channel
 from gradwire_protocol.serving import Service, ServiceSettings
 from gradwire_protocol.v1 import coordinator_pb2, coordinator_pb2_grpc
+from gradwire_stage.custom_operators import described
 from gradwire_stage.device import open_device
 from gradwire_stage.membership import Membership
 from gradwire_stage.metrics import StageMetrics
@@ -31,15 +35,17 @@ def cluster_in_process(
     *,
     advertise: Callable[[str], str] = lambda address: address,
     heartbeat_seconds: float = 1.0,
+    operators: Mapping[str, OpOverload] = MappingProxyType({}),
 ) -> Iterator[Cluster]:
     """`services` receives the stage servers' own objects, for tests that look at what they hold.
 
-    advertise: gives the address that others dial for one that a stage server listens on.
+    advertise: gives the address that others dial for one that a stage server listens on. operators: custom ones that
+    the servers have, by target.
     """
     with ExitStack() as stack:
         address = _start_coordinator(stack, directory, heartbeat_seconds)
         for index in range(stage_servers):
-            started = _start_stage_server(stack, f"stage-{index}", address, advertise)
+            started = _start_stage_server(stack, f"stage-{index}", address, advertise, operators)
             if services is not None:
                 services.append(started)
         cluster = stack.enter_context(connect(address))
@@ -65,12 +71,18 @@ def _start_coordinator(stack: ExitStack, directory: Path, heartbeat_seconds: flo
     return service.address
 
 
-def _start_stage_server(stack: ExitStack, name: str, coordinator: str, advertise: Callable[[str], str]) -> StageService:
+def _start_stage_server(
+    stack: ExitStack,
+    name: str,
+    coordinator: str,
+    advertise: Callable[[str], str],
+    operators: Mapping[str, OpOverload],
+) -> StageService:
     service = Service(name, ServiceSettings(metrics_listen=""))
     device = open_device("cpu", 1)
     limits = Limits(memory_bytes=2**32, mailbox_bytes=2**30, outbox_bytes=2**30, tensor_bytes=2**30)
     metrics = StageMetrics(service.registry, version="test")
-    stage_service = StageService(name, device, limits, metrics, open_channel)
+    stage_service = StageService(name, device, limits, metrics, open_channel, operators=operators)
     stage_service.add_to(service.server)
     service.start()
     registration = coordinator_pb2.RegisterRequest(
@@ -79,6 +91,7 @@ def _start_stage_server(stack: ExitStack, name: str, coordinator: str, advertise
         address=advertise(service.address),
         device=device.describe(),
         version="test",
+        operators=described(operators),
     )
     channel = open_channel(coordinator)
     membership = Membership(channel, coordinator, registration, stage_service.activity)

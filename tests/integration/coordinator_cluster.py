@@ -247,6 +247,7 @@ def run_request(stages: int, *, nodes: int = 6, **plan: Any) -> coordinator_pb2.
     ]
     fields = {
         "stages": stages,
+        "virtual_stages": 1,
         "replicas": 1,
         "tensor": 1,
         "micro_batches": 4,

@@ -150,7 +150,7 @@ def test_training_learns_as_well_as_without(cluster: gradwire.Cluster, precision
     found = {}
     for codec in ("none", "bf16", "fp16", "int8"):
         losses, plan, held_out = train(cluster, codec, 40, precision)
-        assert plan.stages[0].codec == CODEC_NAMES[codec]
+        assert plan.stages[0].codec == codec
         assert losses[-1] < losses[0] - 2
         found[codec] = held_out
     assert found["int8"] != found["none"]
@@ -164,7 +164,7 @@ def test_the_plan_counts_what_travels_as_encoded(cluster: gradwire.Cluster) -> N
         _, plan, _ = train(cluster, [codec], 1)
         sizes.append(plan.stages[0].boundary_bytes)
         assert plan.stages[0].codec_reason == ""
-        assert plan.stages[1].codec == NONE
+        assert plan.stages[1].codec == "none"
     elements = 16 * 64 * 64
     assert sizes == [4 * elements, 2 * elements, elements + 4 * elements // 256]
 
@@ -211,7 +211,7 @@ def test_masks_and_tables_travel_as_they_are(cluster: gradwire.Cluster) -> None:
 
 def test_auto_takes_none_where_the_link_is_no_hindrance_and_says_why(cluster: gradwire.Cluster) -> None:
     _, plan, _ = train(cluster, "auto", 1)
-    assert plan.stages[0].codec in (NONE, pb.CODEC_BF16, INT8)
+    assert plan.stages[0].codec in ("none", "bf16", "int8")
     assert "Mbit/s forward" in plan.stages[0].codec_reason
     assert "estimate of a step: none" in plan.stages[0].codec_reason
     assert plan.stages[1].codec_reason == ""

@@ -108,7 +108,8 @@ def test_train_tells_machines_everything_and_leaves_a_run_directory(commands: Co
     assert summary.keys() >= SUMMARY
     assert summary["verdict"] == "equal"
     assert [check["data_type"] for check in summary["checks"]] == ["float32", "float64"]
-    assert summary["theoretical_bubble"] == pytest.approx(1 / 5)
+    # Of 1F1B with equal stages; what "auto" takes is no worse.
+    assert 0 <= summary["theoretical_bubble"] <= 1 / 5 + 1e-9
     assert 0 < summary["bubble"] < 1
     assert summary["bits_per_byte"] == pytest.approx(summary["validation_loss"] / 0.693147, rel=1e-5)
     assert summary["tokens"] == 5 * 8 * 32
@@ -118,6 +119,8 @@ def test_train_tells_machines_everything_and_leaves_a_run_directory(commands: Co
     assert {path.name for path in run.iterdir()} == {
         "settings.toml",
         "plan.json",
+        "report.json",
+        "report.txt",
         "metrics.jsonl",
         "summary.json",
         "weights.safetensors",
@@ -127,6 +130,13 @@ def test_train_tells_machines_everything_and_leaves_a_run_directory(commands: Co
     assert [line["step"] for line in metrics if "loss" in line] == [1, 2, 3, 4, 5]
     assert [line["step"] for line in metrics if "validation_loss" in line] == [3, 5]
     assert len(json.loads((run / "plan.json").read_text())["stages"]) == 2
+    report = json.loads((run / "report.json").read_text())
+    assert (report["first_step"], report["last_step"], len(report["servers"])) == (2, 5, 2)
+    assert report["seconds"] == {
+        "predicted": summary["predicted_step_seconds"],
+        "measured": summary["step_seconds"],
+    }
+    assert (run / "report.txt").read_text().splitlines()[-1] == f"• {summary['findings'][-1]}"
     assert {path.name for path in (run / "logs").iterdir()} == {"coordinator.log", "stage-0.log", "stage-1.log"}
 
     code, out, err = commands.run("sample", "run", "--prompt", "the quick", "--length", "20")
@@ -138,17 +148,6 @@ def test_train_tells_machines_everything_and_leaves_a_run_directory(commands: Co
     code, out, err = commands.run("train", "--data", str(data), "--out", "run", *FLAGS)
     assert code == 2
     assert "not empty" in err
-
-
-def test_train_under_autocast_with_recomputation(commands: Commands, data: Path) -> None:
-    flags = ["--precision", "bf16", "--recompute", "--stages", "2", "--json", "--data", str(data)]
-    code, out, err = commands.run("train", *FLAGS, *flags)
-    assert code == 0, err
-    summary = json.loads(out.splitlines()[-1])
-    assert summary["verdict"] == "equal"
-    assert [check["data_type"] for check in summary["checks"]] == ["float32 under bfloat16 autocast", "float64"]
-    assert summary["checks"][0]["gradient_difference"] < 1e-3
-    assert not commands.processes()
 
 
 def wait_for_line(process: subprocess.Popen[str], pattern: str) -> re.Match[str]:
@@ -180,6 +179,15 @@ def test_up_serves_train_and_status_until_ctrl_c(commands: Commands, data: Path)
     assert code == 2
     assert "fewer stage servers than stages" in err
 
+    # Under autocast, with recomputation, and checked.
+    flags = ["--precision", "bf16", "--recompute", "--json", "--coordinator", address, "--data", str(data)]
+    code, out, err = commands.run("train", *FLAGS, *flags)
+    assert code == 0, err
+    summary = json.loads(out.splitlines()[-1])
+    assert summary["verdict"] == "equal"
+    assert [check["data_type"] for check in summary["checks"]] == ["float32 under bfloat16 autocast", "float64"]
+    assert summary["checks"][0]["gradient_difference"] < 1e-3
+
     assert up.poll() is None
     up.send_signal(signal.SIGINT)
     _, err = up.communicate(timeout=20)
@@ -198,7 +206,7 @@ def test_up_ends_with_an_error_when_a_server_ends(commands: Commands) -> None:
     commands.assert_none_left()
 
 
-# From before the first import to the middle of training.
+# From before the first import to the middle of training, which is where `seconds` is None.
 @pytest.mark.parametrize(
     ("seconds", "number", "code"),
     [
@@ -207,19 +215,23 @@ def test_up_ends_with_an_error_when_a_server_ends(commands: Commands) -> None:
         (1.0, signal.SIGINT, 130),
         (2.0, signal.SIGINT, 130),
         (3.5, signal.SIGTERM, 143),
-        (7.0, signal.SIGINT, 130),
+        (None, signal.SIGINT, 130),
     ],
 )
 def test_a_signal_at_any_moment_leaves_no_process(
-    commands: Commands, data: Path, seconds: float, number: int, code: int
+    commands: Commands, data: Path, seconds: float | None, number: int, code: int
 ) -> None:
     flags = [*FLAGS[: FLAGS.index("--steps")], "--steps", "100000"]
     process = commands.start("train", "--data", str(data), "--out", "run", *flags)
-    time.sleep(seconds)
+    if seconds is None:
+        wait_for_line(process, r"step 1/")
+    else:
+        time.sleep(seconds)
     process.send_signal(number)
     _, err = process.communicate(timeout=25)
-    if seconds > 0.1:  # before that, Python may not have come to its own handler
-        assert process.returncode == code, err
+    if seconds is None or seconds > 0.1:  # before that, Python may not have come to its own handler
+        # As a shell tells it, also where Python ends itself by the signal that it was given.
+        assert process.returncode in (code, 128 - code), err
         assert "Traceback" not in err
     # A signal between a child's start and its entry in the books leaves it to end itself: it watches its parent.
     commands.assert_none_left(5.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -52,16 +53,17 @@ def test_rates_of_a_pipeline_are_remembered_for_a_while(servers: list[StageServe
     clock = Clock()
     book = LinkBook(connect, clock=clock)
     addresses = [server.address for server in servers]
-    first = book.rates(addresses)
+    links = list(itertools.pairwise(addresses))
+    first = book.rates(links)
     assert len(first) == 2
     assert all(isinstance(rate, LinkRate) for rate in first)
     assert sorted(dialled) == sorted(addresses[:2])  # each server measures the link to the next
-    assert book.rates(addresses) == first
+    assert book.rates(links) == first
     assert len(dialled) == 2
     clock.seconds = REMEMBERED_SECONDS + 1
-    book.rates(addresses)
+    book.rates(links)
     assert len(dialled) == 4
-    assert book.rates(addresses[:1]) == []
+    assert book.rates([]) == []
 
 
 def test_a_link_that_cannot_be_measured_says_why_and_is_tried_again(servers: list[StageServer]) -> None:
@@ -69,7 +71,7 @@ def test_a_link_that_cannot_be_measured_says_why_and_is_tried_again(servers: lis
     gone = servers[2].address
     servers[2].stop()
     # From a server that is gone.
-    found = book.rates([gone, servers[0].address, servers[1].address])
+    found = book.rates([(gone, servers[0].address), (servers[0].address, servers[1].address)])
     assert isinstance(found[0], Unreachable)
     assert isinstance(found[1], LinkRate)
     servers[2] = StageServer("link-2")

@@ -20,6 +20,7 @@ import zoo_huggingface
 import zoo_refused
 import zoo_torch
 from cluster_in_process import cluster_in_process
+from kept_exports import keep_exports
 from model_table import TABLE, table
 from model_zoo import Batch, Kind, Refused
 from torch import nn
@@ -149,16 +150,8 @@ def check_equal(
 
 @pytest.fixture
 def export_once(monkeypatch: pytest.MonkeyPatch) -> dict[int, ExportedModel]:
-    """Both plans of a model take the same export, which is most of a test's time; tensors are handed out anew."""
-    kept: dict[int, ExportedModel] = {}
-
-    def export(model: nn.Module, *arguments: Any, **settings: Any) -> ExportedModel:
-        if id(model) not in kept:
-            kept[id(model)] = export_model(model, *arguments, **settings)
-        return dataclasses.replace(kept[id(model)], tensors=dict(kept[id(model)].tensors))
-
-    monkeypatch.setattr("gradwire.trainer.export_model", export)
-    return kept
+    """Both plans of a model take the same export."""
+    return keep_exports(monkeypatch)
 
 
 @pytest.mark.parametrize("name", KINDS)

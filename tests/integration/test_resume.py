@@ -13,6 +13,8 @@ import pytest
 from safetensors.torch import load_file
 from test_command_line import TINY, Commands
 
+import gradwire
+
 # The 30 steps are most of an epoch and a half.
 SETTINGS = TINY | {"steps": 30, "evaluate-every": 7, "save-every": 4, "batch": 16, "warmup-steps": 3}
 FLAGS = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
@@ -28,11 +30,13 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
 
 
 @pytest.fixture(scope="module")
-def whole(commands: Commands) -> Path:
-    """A run that nothing interrupted."""
-    code, _, err = commands.run("train", "--json", "--no-check", "--data", "text.txt", "--out", "whole", *FLAGS)
-    assert code == 0, err
-    return commands.directory / "whole"
+def whole(commands: Commands) -> Iterator[Path]:
+    """A run that nothing interrupted, on a cluster that its resumptions go on with."""
+    with gradwire.local(stage_servers=2) as cluster:
+        flags = [*FLAGS, "--coordinator", cluster.address]
+        code, _, err = commands.run("train", "--json", "--no-check", "--data", "text.txt", "--out", "whole", *flags)
+        assert code == 0, err
+        yield commands.directory / "whole"
 
 
 def losses(run: Path) -> list[tuple[int, Any, Any]]:
@@ -63,7 +67,8 @@ def test_a_killed_job_goes_on_exactly(commands: Commands, whole: Path) -> None:
             break
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    commands.assert_none_left(10)
+    # More than the ten seconds that a process gives itself to end.
+    commands.assert_none_left(15)
     run = commands.directory / "killed"
     code, out, err = commands.run("train", "--resume", "killed", "--json")
     assert code == 0, err

@@ -112,6 +112,35 @@ def test_the_files_are_those_that_the_client_writes(cluster: gradwire.LocalClust
     make_model(seed=9).load_state_dict(state)
 
 
+def test_servers_with_several_stages_save_what_they_share_once(
+    cluster: gradwire.LocalCluster, root: Path, tmp_path: Path
+) -> None:
+    """The tied weight is on the first stage and on the last: on one server here, on two where it is loaded."""
+    batches, model = make_batches(5), make_model()
+    with make_trainer(cluster, model, sgd(model), stages=2, schedule="zb-v") as trainer:
+        list(trainer.run(batches[:3]))
+        trainer.save("virtual", storage="server")
+        trainer.save(tmp_path / "virtual")
+        losses = [result.loss for result in trainer.run(batches[3:])]
+        expected = trainer.state_dict()
+    ours, theirs = (read_plainly(path, "model") for path in (root / "virtual", tmp_path / "virtual"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    written = [name for file in (root / "virtual").glob("model*.safetensors") for name in load_file(file)]
+    assert len(written) == len(set(written))
+    for stages, schedule, storage in ((2, "zb-v", "server"), (3, "interleaved-1f1b", "server"), (2, "1f1b", "client")):
+        model = make_model(seed=9)
+        with make_trainer(cluster, model, sgd(model), stages=stages, schedule=schedule) as trainer:
+            trainer.load("virtual" if storage == "server" else tmp_path / "virtual", storage=storage)
+            exact = schedule == "zb-v"
+            found = [result.loss for result in trainer.run(batches[3:])]
+            assert found == pytest.approx(losses, rel=0 if exact else 1e-10)
+            state = trainer.state_dict()
+        for key, tensor in expected.items():
+            tolerance = 0.0 if exact else 1e-10
+            torch.testing.assert_close(state[key], tensor, rtol=tolerance, atol=tolerance)
+
+
 def test_tensors_of_a_loss_are_no_part_of_it(cluster: gradwire.LocalCluster, root: Path) -> None:
     model = make_model()
     loss = nn.CrossEntropyLoss(weight=torch.linspace(0.5, 1.5, 12, dtype=torch.float64))
@@ -205,20 +234,23 @@ def test_a_server_killed_while_it_writes_leaves_the_last_checkpoint(tmp_path: Pa
         assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_what_a_killed_coordinator_leaves_goes_with_the_next_save(tmp_path: Path) -> None:
-    with gradwire.local(stage_servers=2, checkpoint_root=tmp_path) as cluster:
-        trainer = large_trainer(cluster)
+def test_what_a_killed_coordinator_leaves_goes_with_the_next_save(cluster: gradwire.LocalCluster, root: Path) -> None:
+    folder = root / "killed"
+    folder.mkdir()
+    with gradwire.local(stage_servers=2, checkpoint_root=folder) as killed:
+        trainer = large_trainer(killed)
         saving = trainer.save("a", wait=False, storage="server")
-        wait_until_written_to(tmp_path)
-        os.kill(cluster.process_ids[0], signal.SIGKILL)
+        wait_until_written_to(folder)
+        os.kill(killed.process_ids[0], signal.SIGKILL)
         with pytest.raises(gradwire.GradwireError):
             saving.wait()
         trainer.close()
-    assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
-    with gradwire.local(stage_servers=2, checkpoint_root=tmp_path) as cluster, large_trainer(cluster) as trainer:
-        trainer.save("a", storage="server")
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
-    assert check(tmp_path / "a").step == 0
+    assert [path.suffix for path in folder.iterdir()] == [".partial"]
+    with large_trainer(cluster) as trainer:
+        trainer.save("killed/a", storage="server")
+    assert [path.name for path in folder.iterdir()] == ["a"]
+    assert check(folder / "a").step == 0
+    shutil.rmtree(folder)
 
 
 def writes_below(pid: int, folder: Path) -> bool:

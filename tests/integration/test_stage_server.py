@@ -363,7 +363,7 @@ def test_wrong_hyperparameters_keep_their_class() -> None:
         cluster.streams["A"].submit(entry, WHOLE)
         error = cluster.streams["A"].failure()
         assert isinstance(error, OptimizerError)
-        assert "Stage 0, 1, 2 failed in action UPDATE of entry 2" in str(error)
+        assert "Stages 0, 1, 2 failed in action UPDATE of entry 2" in str(error)
 
 
 def test_wrong_state_is_refused() -> None:

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cluster_in_process import cluster_in_process
+from slow_model import NAP, SIZE, Slow
 from tcp_proxy import Fault, TcpProxy, has_bytes, proxies
 from torch import nn
 from typer.testing import CliRunner
@@ -29,30 +30,10 @@ from gradwire_protocol.errors import Aborted, GradwireError, Stalled, Unreachabl
 from gradwire_protocol.v1 import coordinator_pb2, run_pb2
 from gradwire_stage.service import StageService
 
-SIZE = 8
-
 
 def small() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(SIZE, SIZE), nn.Tanh(), nn.Linear(SIZE, 4))
-
-
-class Slow(nn.Module):
-    """Takes seconds in the forward pass of its second half: products of constant matrices, of `size`."""
-
-    def __init__(self, size: int, products: int) -> None:
-        super().__init__()
-        self.first = nn.Linear(SIZE, SIZE)
-        self.second = nn.Linear(SIZE, 4)
-        self.products = products
-        self.register_buffer("square", torch.eye(size))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = torch.tanh(self.first(x))
-        square = self.square + hidden.detach().mean()
-        for _ in range(self.products):
-            square = square @ self.square
-        return self.second(hidden) + square[0, 0].detach() * 0
 
 
 def batch(rows: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,7 +65,9 @@ def services() -> list[StageService]:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory, services: list[StageService]) -> Iterator[gradwire.Cluster]:
-    with cluster_in_process(tmp_path_factory.mktemp("coordinator"), 2, services, heartbeat_seconds=0.25) as made:
+    with cluster_in_process(
+        tmp_path_factory.mktemp("coordinator"), 2, services, heartbeat_seconds=0.25, operators=NAP
+    ) as made:
         yield made
 
 
@@ -112,20 +95,19 @@ def test_rows_that_never_come_name_the_client(cluster: gradwire.Cluster) -> None
 
 
 def test_a_long_action_is_named_and_a_longer_limit_lets_it_be(cluster: gradwire.Cluster) -> None:
-    model = Slow(1000, 100)  # seconds, on any machine of today, in one action
-    trainer = make_trainer(cluster, model, microbatches=1, cuts=["second"], stall_seconds=1.0)
+    trainer = make_trainer(cluster, Slow(30), microbatches=1, cuts=["second"], stall_seconds=1.0)
     with trainer, pytest.raises(Stalled) as caught:
         trainer.step(*batch())
     assert "has made no progress for" in caught.value.message
     assert "it is running the forward of micro-batch 0 (" in caught.value.message
     assert "raise stall_seconds in the plan" in caught.value.remedy
     wait_until(lambda: free(cluster), 60)
-    with make_trainer(cluster, Slow(400, 10), microbatches=1, cuts=["second"], stall_seconds=30) as trainer:
+    with make_trainer(cluster, Slow(15), microbatches=1, cuts=["second"], stall_seconds=30) as trainer:
         trainer.step(*batch())
 
 
 def test_a_step_has_a_limit_of_its_own(cluster: gradwire.Cluster) -> None:
-    trainer = make_trainer(cluster, Slow(1000, 20), microbatches=8, stall_seconds=60, step_seconds=0.2)
+    trainer = make_trainer(cluster, Slow(3), microbatches=8, stall_seconds=60, step_seconds=0.2)
     with trainer, pytest.raises(Stalled, match="Step 1 has taken") as caught:
         trainer.step(*batch())
     assert "step_seconds" in caught.value.remedy
@@ -180,8 +162,7 @@ def test_status_says_who_waits_for_what(cluster: gradwire.Cluster) -> None:
 
 
 def test_status_says_what_the_awaited_stage_does(cluster: gradwire.Cluster) -> None:
-    model = Slow(1000, 100)
-    with make_trainer(cluster, model, microbatches=1, cuts=["second"], stall_seconds=60) as trainer:
+    with make_trainer(cluster, Slow(60), microbatches=1, cuts=["second"], stall_seconds=60) as trainer:
 
         def step() -> None:
             with pytest.raises(GradwireError):
@@ -204,7 +185,7 @@ def test_status_says_what_the_awaited_stage_does(cluster: gradwire.Cluster) -> N
 def test_an_abort_reaches_every_server_within_a_second(
     cluster: gradwire.Cluster, services: list[StageService], phase: str
 ) -> None:
-    model = Slow(1000, 60) if phase == "computing" else None
+    model = Slow(20) if phase == "computing" else None
     with make_trainer(cluster, model, microbatches=4, cuts=["second" if model else 2], stall_seconds=60) as trainer:
         ended = threading.Event()
         works: dict[str, Callable[[], Any]] = {
@@ -226,7 +207,7 @@ def test_an_abort_reaches_every_server_within_a_second(
         trainer._session.abort()
         assert ended.wait(5)
         told = time.monotonic() - began
-        # A product in progress ends first, and no other is begun.
+        # A nap in progress ends first, and no other is begun.
         wait_until(lambda: not any(service.activity().run for service in services), 5.0)
         gone = time.monotonic() - began
     # A tenth of that on a machine that has nothing else to do.
@@ -275,12 +256,13 @@ def frozen(process_id: int) -> Iterator[None]:
         os.kill(process_id, signal.SIGCONT)
 
 
-@pytest.fixture
-def processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[gradwire.LocalCluster]:
-    # So that it is not the lease that finds a frozen server.
-    monkeypatch.setenv("GRADWIRE_COORDINATOR_LEASE_SECONDS", "60")
-    with gradwire.local(stage_servers=2) as made:
-        yield made
+@pytest.fixture(scope="module")
+def processes() -> Iterator[gradwire.LocalCluster]:
+    with pytest.MonkeyPatch.context() as patch:
+        # So that it is not the lease that finds a frozen server.
+        patch.setenv("GRADWIRE_COORDINATOR_LEASE_SECONDS", "60")
+        with gradwire.local(stage_servers=2) as made:
+            yield made
 
 
 def test_a_frozen_stage_server_is_named_and_serves_again_when_it_thaws(processes: gradwire.LocalCluster) -> None:
@@ -356,29 +338,22 @@ def test_a_client_that_freezes_between_steps_goes_on(cluster: gradwire.Cluster) 
 def test_interrupting_a_client_in_the_middle_of_a_step_frees_the_servers_at_once(
     cluster: gradwire.Cluster, services: list[StageService]
 ) -> None:
-    code = CLIENT.replace("trainer.step(*batch).step", "'stepping', trainer.step(*batch)").replace(
-        "torch.nn.Linear(8, 4)", "Model()"
-    )
-    model = """
-import torch
-class Model(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = torch.nn.Linear(8, 4)
-    def forward(self, x):
-        square = torch.eye(1000) + x.mean()
-        for _ in range(40):
-            square = square @ square.tanh()
-        return self.linear(x) + square[0, 0].detach() * 0
-"""
-    arguments = [sys.executable, "-c", model + code.replace("stall_seconds=2.0", "stall_seconds=60"), cluster.address]
+    code = CLIENT
+    for old, new in (
+        ("trainer.step(*batch).step", "'stepping', trainer.step(*batch)"),
+        ("torch.nn.Linear(8, 4)", "Slow(60)"),
+        ("stall_seconds=2.0", "stall_seconds=60"),
+    ):
+        code = code.replace(old, new)
+    code = f"import sys; sys.path.append({str(Path(__file__).parent)!r}); from slow_model import Slow\n{code}"
+    arguments = [sys.executable, "-c", code, cluster.address]
     with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as client:
         try:
             wait_until(lambda: any("F" in service.activity().action for service in services), 60)
             time.sleep(0.2)
             began = time.monotonic()
             client.send_signal(signal.SIGINT)
-            # The forward in progress ends first.
+            # The nap in progress ends first.
             wait_until(lambda: not any(service.activity().run for service in services), 20)
             freed = time.monotonic() - began
             client.wait(10)

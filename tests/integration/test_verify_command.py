@@ -22,6 +22,7 @@ import gradwire
 import gradwire_stage.operators
 import gradwire_stage.randomness
 import gradwire_stage.rebuild
+from gradwire.job.subject import load_subject
 from gradwire_protocol.randomness import draw_seed
 
 SUBJECT = """
@@ -95,6 +96,13 @@ def broken(tmp_path: Path) -> Iterator[gradwire.Cluster]:
             yield cluster
 
 
+@pytest.fixture(scope="module")
+def processes() -> Iterator[gradwire.LocalCluster]:
+    """In processes of their own, as dropout needs, and with the means to start more."""
+    with gradwire.local(stage_servers=3) as cluster:
+        yield cluster
+
+
 def test_equal_on_a_cluster_of_its_own(subject: Path, tmp_path: Path) -> None:
     code, out, err = verify(tmp_path, str(subject), "--microbatches", "3", "--schedule", "gpipe", "--cuts", "second")
     assert code == 0, err
@@ -125,11 +133,23 @@ def test_a_broken_stage_server_is_found(broken: gradwire.Cluster, subject: Path,
     assert found["gradients"][0]["relative"] > 1e-5
 
 
-def test_dropout_is_drawn_as_the_servers_draw_it(subject: Path, tmp_path: Path) -> None:
+def test_dropout_is_drawn_as_the_servers_draw_it(
+    processes: gradwire.LocalCluster, subject: Path, tmp_path: Path
+) -> None:
     subject.write_text(WITH_DROPOUT)
-    for arguments in ((), ("--precision", "bf16", "--stages", "3")):
-        code, out, err = verify(tmp_path, str(subject), *arguments)
-        assert code == 0, out + err
+    made = load_subject(subject)
+    found = gradwire.verify(
+        processes,
+        made.make_model(),
+        made.make_optimizer,
+        loss=made.loss,
+        batch=made.make_batch(),
+        plan=gradwire.Plan(stages=2, microbatches=4),
+    )
+    assert found.equal, str(found)
+    arguments = ("--coordinator", processes.address, "--precision", "bf16", "--stages", "3")
+    code, out, err = verify(tmp_path, str(subject), *arguments)
+    assert code == 0, out + err
     assert "float32 under bfloat16 autocast: equal to one process" in out
     assert "weight (not judged)" in out
 
@@ -270,18 +290,16 @@ def test_what_is_gone_or_busy_is_told(sound: gradwire.Cluster) -> None:
         assert trainer.step(x, y).step == 1
 
 
-def test_a_local_cluster_starts_the_servers_that_it_lacks() -> None:
+def test_a_local_cluster_starts_the_servers_that_it_lacks(processes: gradwire.LocalCluster) -> None:
+    """Two stages train on two of its three servers, and verification needs two more."""
     model = make_model()
     optimizer = make_optimizer(model)
     x, y = make_batches()[0]
-    with (
-        gradwire.local(stage_servers=2) as cluster,
-        cluster.trainer(model, optimizer, loss=F.cross_entropy, example=(x, y), plan=PLAN) as trainer,
-    ):
+    with processes.trainer(model, optimizer, loss=F.cross_entropy, example=(x, y), plan=PLAN) as trainer:
         trainer.step(x, y)
-        processes = cluster.process_ids
+        before = processes.process_ids
         for _ in range(2):
             assert trainer.verify((x, y)).equal
-            assert cluster.process_ids == processes
-            assert len(cluster.status().servers) == 2
+            assert processes.process_ids == before
+            assert len(processes.status().servers) == 3
         assert trainer.step(x, y).step == 2

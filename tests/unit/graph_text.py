@@ -122,6 +122,7 @@ def chain_model(nodes: int) -> graph_pb2.Model:
 def plan(stages: int, **changes: object) -> run_pb2.Plan:
     fields: dict[str, object] = {
         "stages": stages,
+        "virtual_stages": 1,
         "replicas": 1,
         "tensor": 1,
         "micro_batches": 4,

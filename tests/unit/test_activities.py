@@ -31,6 +31,7 @@ def wait_for(direction: pb.Direction, stage: int = 1, **key: Any) -> stage_pb2.W
         (pb.DIRECTION_TIED, "gradient of the tied tensor 'h' from stage 1"),
         (pb.DIRECTION_NORM, "sum of squared gradients from stage 1"),
         (pb.DIRECTION_WEIGHT, "total weight of the loss from stage 1"),
+        (pb.DIRECTION_MOVED, "tensor 'h' from stage 1"),
         (pb.DIRECTION_RESULT, "'h' from stage 1"),
     ],
 )

@@ -207,3 +207,11 @@ def test_many_stages_and_micro_batches_take_seconds() -> None:
     choice = best_schedule(costs, 32)
     assert ratio(choice, costs, 32) >= 0.95
     assert time.monotonic() - start < 30
+
+
+def test_of_very_many_micro_batches_only_named_schedules_are_compared() -> None:
+    choice = best_schedule(equal(looped(2), GPT), 300)
+    assert choice.best.name in choice.compared
+    assert "auto" not in choice.compared
+    # Unless none of them fits, or none has these places.
+    assert best_schedule(equal((0, 0, 1), GPT), 150).best.name == "auto"

@@ -7,7 +7,8 @@ import pytest
 from gradwire_coordinator.codec_choice import Boundary, Choice, Travelling, choose_codecs, travelling_bytes
 from gradwire_coordinator.costs import Rates
 from gradwire_coordinator.link_rates import LinkRate
-from gradwire_coordinator.programs import training_programs
+from gradwire_coordinator.schedules import one_f_one_b
+from gradwire_coordinator.simulator import StageSeconds
 from gradwire_protocol.errors import Unreachable
 from gradwire_protocol.v1 import tensors_pb2 as pb
 
@@ -34,8 +35,8 @@ def choose(
     stages = len(links) + 1
     return choose_codecs(
         asked or ("auto",) * len(links),
-        training_programs("1f1b", 1, stages, micro_batches),
-        [seconds] * stages,
+        one_f_one_b(stages, micro_batches, 1),
+        [StageSeconds(seconds / 3, seconds * 2 / 3)] * stages,
         [CPU] * stages,
         [Boundary(values, link) for link in links],
     )

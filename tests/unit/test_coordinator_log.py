@@ -39,6 +39,19 @@ def test_what_was_written_is_read_again(tmp_path: Path) -> None:
         assert run.ended_at >= run.created_at
 
 
+def test_a_run_goes_on_as_another_generation(tmp_path: Path) -> None:
+    with RunLog(tmp_path) as log:
+        log.create_run("r", 1, REQUEST)
+        log.append("r", entry(1))
+        log.begin_generation("r", 2)
+        log.append("r", run_pb2.Entry(number=2, generation=2, new_plan=run_pb2.NewPlan(cuts=[7])))
+        assert log.run("r").generation == 2
+        assert [(found.generation, found.WhichOneof("kind")) for found in log.entries("r")] == [
+            (1, "train_step"),
+            (2, "new_plan"),
+        ]
+
+
 @pytest.mark.parametrize("number", [0, 2, 4])
 def test_numbers_have_no_gaps(tmp_path: Path, number: int) -> None:
     with RunLog(tmp_path) as log:

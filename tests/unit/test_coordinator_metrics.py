@@ -18,7 +18,7 @@ def test_only_the_newest_runs_keep_their_series() -> None:
     registry = CollectorRegistry()
     metrics = Metrics(registry, "1")
     for index in range(KEPT_RUNS + 3):
-        metrics.step_finished(f"run-{index}", {"server": 3}, result(1.5, 0.5))
+        metrics.step_finished(f"run-{index}", 1 + index, {"server": [3]}, result(1.5, 0.5))
     text = generate_latest(registry).decode()
     assert 'run="run-0"' not in text
     assert 'run="run-2"' not in text
@@ -26,6 +26,7 @@ def test_only_the_newest_runs_keep_their_series() -> None:
     labels = {"run": "run-3", "stage": "3"}
     assert registry.get_sample_value("gradwire_bubble_ratio", labels) == pytest.approx(0.25)
     assert registry.get_sample_value("gradwire_loss", {"run": "run-3"}) == 1.5
+    assert registry.get_sample_value("gradwire_generation", {"run": "run-3"}) == 4
     assert registry.get_sample_value("gradwire_step_duration_seconds_sum", {"run": "run-3"}) == 2.5
 
 

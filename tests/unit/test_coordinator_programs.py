@@ -1,24 +1,30 @@
-"""Programs of entries: what goes around the micro-batches, and which stages take part."""
+"""Programs of entries: those of a schedule for any number of micro-batches, what goes around them, who takes part."""
 
 from __future__ import annotations
 
 import pytest
 
-from gradwire_coordinator.programs import ProgramBook, choose_schedule, recomputing_stages, training_programs
+from gradwire_coordinator.bounds import Flow, untaken_bounds
+from gradwire_coordinator.named_schedules import SCHEDULES
+from gradwire_coordinator.placement import Placement, looped, neighbours, v_shaped
+from gradwire_coordinator.programs import ChosenSchedule, ProgramBook, recomputing_stages
+from gradwire_coordinator.schedules import Programs, gpipe, one_f_one_b
 from gradwire_protocol.errors import FrameError, ModelError, PlanError
 from gradwire_protocol.program import format_program, parse_program, program_from_proto
 from gradwire_protocol.v1 import graph_pb2, run_pb2
 
 TRAIN, EVALUATE = graph_pb2.GRAPH_KIND_TRAIN, graph_pb2.GRAPH_KIND_EVALUATE
+# Of two stages on each of two servers; no named schedule has this order.
+MADE = [
+    parse_program("0F0 0F1 0F2 0F3 3F0 3B0 3F1 3B1 0B0 3F2 3B2 0B1 3F3 3B3 0B2 0B3"),
+    parse_program("1F0 2F0 1F1 2F1 1F2 2F2 1F3 2F3 2B0 1B0 2B1 1B1 2B2 1B2 2B3 1B3"),
+]
 
 
-def book(schedule: str = "gpipe") -> ProgramBook:
-    name, extra_warm_up = choose_schedule(schedule)
+def book(schedule: str = "gpipe", extra_warm_up: int = 0) -> ProgramBook:
     return ProgramBook(
-        schedule=name,
-        extra_warm_up=extra_warm_up,
-        stages=3,
-        tied_stages={0, 2},
+        ChosenSchedule(schedule, looped(3), extra_warm_up=extra_warm_up),
+        tied_servers={0, 2},
         active_stages={TRAIN: {0, 1, 2}, EVALUATE: {0, 2}},
     )
 
@@ -32,23 +38,96 @@ def parts(count: int) -> list[run_pb2.MicroBatch]:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "micro_batches", "expected"),
+    ("programs", "expected"),
     [
-        ("gpipe", 4, [True, True, True]),
-        ("1f1b", 4, [True, True, False]),
-        ("gpipe", 1, [False, False, False]),
-        ("1f1b", 1, [False, False, False]),
+        (gpipe(3, 4), [True, True, True]),
+        (one_f_one_b(3, 4), [True, True, False]),
+        (gpipe(3, 1), [False, False, False]),
+        (one_f_one_b(3, 1), [False, False, False]),
     ],
 )
-def test_stages_whose_backwards_follow_directly_do_not_recompute(
-    schedule: str, micro_batches: int, expected: list[bool]
-) -> None:
-    assert recomputing_stages(training_programs(schedule, 0, 3, micro_batches)) == expected
+def test_stages_whose_backwards_follow_directly_do_not_recompute(programs: Programs, expected: list[bool]) -> None:
+    assert recomputing_stages(programs) == expected
 
 
 def test_which_stages_recompute_where_a_server_has_several_and_backwards_are_in_two_parts() -> None:
     programs = [parse_program("0F0 0F1 3F0 3I0 3F1 3I1 3W0 0B0 3W1 0B1"), parse_program("1F0 2F0 1F1 2F1 2I0 2I1 2W0")]
     assert recomputing_stages(programs) == [True, True, True, False]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("servers", [1, 2, 3, 5])
+def test_named_schedules_have_sound_programs_for_any_number_of_micro_batches(name: str, servers: int) -> None:
+    named = SCHEDULES[name]
+    schedule = ChosenSchedule(name, named.placement(servers, named.virtual_stages[0]))
+    assert (schedule.servers, schedule.virtual_stages) == (servers, named.virtual_stages[0])
+    for micro_batches in range(1, 12):  # each is checked when it is made
+        assert len(schedule.programs(micro_batches)) == servers
+
+
+def test_1f1b_warms_up_as_deep_as_chosen() -> None:
+    schedule = ChosenSchedule("1f1b", looped(3), extra_warm_up=2)
+    assert schedule.programs(8) == one_f_one_b(3, 8, 2)
+    assert schedule.programs(2) == one_f_one_b(3, 2, 2)
+
+
+def test_what_was_made_for_a_step_serves_smaller_ones_and_a_named_schedule_larger_ones() -> None:
+    schedule = ChosenSchedule("auto", v_shaped(2), made=MADE)
+    assert schedule.programs(4) == MADE
+    assert format_program(schedule.programs(2)[0]) == "0F0 0F1 3F0 3B0 3F1 3B1 0B0 0B1"
+    assert schedule.programs(5) == SCHEDULES["zb-v"].programs(2, 5, 2)
+    assert ChosenSchedule("auto", looped(2, 2)).programs(5) == SCHEDULES["interleaved-1f1b"].programs(2, 5, 2)
+    assert ChosenSchedule("auto", looped(2)).programs(5) == one_f_one_b(2, 5, 1)
+
+
+def test_programs_that_are_not_sound_are_refused() -> None:
+    with pytest.raises(PlanError, match="deadlock"):
+        ChosenSchedule("auto", v_shaped(2), made=[MADE[0][4:5] + MADE[0][:4] + MADE[0][5:], MADE[1]]).programs(4)
+    with pytest.raises(PlanError, match="Unknown schedule"):
+        ChosenSchedule("zigzag", looped(2)).programs(1)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "most"),
+    [
+        *((ChosenSchedule(name, looped(4)), 14) for name in ("gpipe", "1f1b", "zb-h1")),
+        *((ChosenSchedule("1f1b", looped(4), extra_warm_up=extra), 14) for extra in (1, 3)),
+        *((ChosenSchedule("zb-v", v_shaped(servers)), 18) for servers in (2, 3, 4)),
+        *((ChosenSchedule("interleaved-1f1b", looped(2, v)), 18) for v in (2, 3, 5, 8)),
+        *((ChosenSchedule("interleaved-1f1b", looped(3, v)), 26) for v in (2, 3, 5)),
+        *((ChosenSchedule("interleaved-1f1b", looped(5, v)), 42) for v in (2, 3)),
+        (ChosenSchedule("auto", v_shaped(2), made=MADE), 9),
+    ],
+    ids=str,
+)
+def test_no_step_leads_further_ahead_than_the_extremes(schedule: ChosenSchedule, most: int) -> None:
+    """Servers refuse what is above the bounds, and those come from the extremes."""
+
+    def furthest(programs: Programs) -> dict[Flow, int]:
+        return {
+            flow: bound
+            for stage in range(len(schedule.placement) - 1)
+            for flow, bound in untaken_bounds(programs, (stage, stage + 1)).items()
+        }
+
+    def joined(found: list[dict[Flow, int]]) -> dict[Flow, int]:
+        return {flow: max(each[flow] for each in found) for flow in found[0]}
+
+    every = [furthest(schedule.programs(count)) for count in range(1, most + 1)]
+    for largest in range(1, most + 1):
+        found = joined([furthest(programs) for programs in schedule.extremes(largest)])
+        assert found == joined(every[:largest])
+
+
+def test_where_values_travel() -> None:
+    def ends(*placements: Placement) -> list[tuple[int, int]]:
+        return neighbours(placements)
+
+    assert ends(looped(1, 3)) == []
+    assert ends(looped(3)) == [(0, 1), (1, 2)]
+    assert ends(looped(3, 2)) == [(0, 1), (1, 2), (2, 0)]
+    assert ends(looped(2, 2)) == [(0, 1)]
+    assert ends(v_shaped(3), looped(3, 2)) == [(0, 1), (1, 2), (2, 0)]
 
 
 def test_ties_are_reduced_by_their_holders_and_norms_by_all() -> None:
@@ -62,20 +141,20 @@ def test_ties_are_reduced_by_their_holders_and_norms_by_all() -> None:
     ]
 
 
-def test_auto_is_1f1b_with_one_more_to_warm_up() -> None:
-    entry = run_pb2.Entry(train_step=run_pb2.TrainStep(micro_batches=parts(5)))
-    assert texts(book("auto").of_entry(entry))[0].startswith("0F0 0F1 0F2 0F3 0B0 0F4 0B1")
-    assert texts(book("1f1b").of_entry(entry))[0].startswith("0F0 0F1 0F2 0B0 0F3 0B1")
-
-
-def test_fewer_micro_batches_than_stages() -> None:
-    entry = run_pb2.Entry(train_step=run_pb2.TrainStep(micro_batches=parts(1)))
-    assert texts(book("auto").of_entry(entry))[1] == "1F0 1B0 UPDATE"
-
-
 def test_a_stage_without_a_segment_has_nothing_to_do() -> None:
     entry = run_pb2.Entry(evaluate=run_pb2.Evaluate(micro_batches=parts(2)))
     assert texts(book().of_entry(entry)) == ["0F0 0F1", "", "2F0 2F1"]
+
+
+def test_evaluation_goes_through_all_stages_of_a_server() -> None:
+    several = ProgramBook(
+        ChosenSchedule("zb-v", v_shaped(2)), tied_servers=(), active_stages={EVALUATE: {0, 1, 3}, TRAIN: range(4)}
+    )
+    entry = run_pb2.Entry(evaluate=run_pb2.Evaluate(micro_batches=parts(3)))
+    assert texts(several.of_entry(entry)) == ["0F0 0F1 0F2 3F0 3F1 3F2", "1F0 1F1 1F2"]
+    train = run_pb2.Entry(train_step=run_pb2.TrainStep(micro_batches=parts(1)))
+    assert texts(several.of_entry(train)) == ["0F0 3F0 3I0 3W0 0B0 UPDATE", "1F0 2F0 2I0 2W0 1I0 1W0 UPDATE"]
+    assert texts(several.of_entry(run_pb2.Entry(load_state=run_pb2.LoadState()))) == ["", ""]
 
 
 def test_entries_that_move_state_have_no_actions() -> None:
@@ -88,5 +167,3 @@ def test_what_cannot_be_run_is_refused() -> None:
         book().of_entry(run_pb2.Entry(predict=run_pb2.Predict(micro_batches=parts(1))))
     with pytest.raises(FrameError, match="no kind"):
         book().of_entry(run_pb2.Entry(number=3))
-    with pytest.raises(PlanError, match="Unknown schedule"):
-        choose_schedule("zigzag")

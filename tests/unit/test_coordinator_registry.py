@@ -72,7 +72,7 @@ def test_servers_are_reserved_in_the_order_of_registration() -> None:
     assert [server.server for server in registry.reserve("one", 2)] == ["c", "a"]
     with pytest.raises(PlanError) as caught:
         registry.reserve("two", 2)
-    assert caught.value.message == "The plan has 2 stages, but 1 stage servers are free"
+    assert caught.value.message == "The plan takes 2 servers, but 1 stage servers are free"
     assert caught.value.got == "3 registered, 2 of them busy with other runs"
     registry.release("one")
     assert [server.server for server in registry.reserve("two", 3)] == ["c", "a", "b"]

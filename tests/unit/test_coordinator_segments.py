@@ -107,7 +107,10 @@ def test_tied_tensors_are_held_by_all_that_read_them() -> None:
     )
     segments = cut(model([tensor("E"), tensor("W"), tensor("unused")], tied), 1, 2)
     assert holders(segments) == {"E": [0, 2], "W": [1]}
-    assert segments.tied_stages() == {0, 2}
+    assert segments.tied_servers((0, 1, 2)) == {0, 2}
+    # Nobody else holds it where the stages that do are on one server.
+    assert segments.tied_servers((0, 1, 0)) == set()
+    assert [[item.spec.name for item in segments.held_by(server, (0, 1, 0))] for server in (0, 1)] == [["E"], ["W"]]
     assert [[use.value for use in stage[0].tensors] for stage in segments.stages] == [["e"], ["w"], ["head"]]
 
 
@@ -116,7 +119,7 @@ def test_frozen_tensors_on_two_stages_need_no_exchange() -> None:
     shared = graph("train", "input x\ntensor t = table\na = f(x, t)\nloss = f(a, t)\noutput loss")
     segments = cut(model([table], shared), 1)
     assert holders(segments) == {"table": [0, 1]}
-    assert segments.tied_stages() == frozenset()
+    assert segments.tied_servers((0, 1)) == frozenset()
 
 
 def test_other_graphs_are_cut_where_the_tensors_are() -> None:
@@ -150,7 +153,7 @@ def test_where_no_window_exists_the_reader_holds_a_copy() -> None:
     segments = cut(model([tensor("V"), tensor("W", elements=64)], train, swapped), 1)
     # One of the two must be read by the stage that does not own it; the smaller one is copied.
     assert holders(segments) == {"V": [0, 1], "W": [1]}
-    assert segments.tied_stages() == {0, 1}
+    assert segments.tied_servers((0, 1)) == {0, 1}
 
 
 def test_a_stage_may_have_nothing_to_do_in_a_graph() -> None:

@@ -50,7 +50,9 @@ def idle(stage: int, entry: int, **changes: Any) -> Standing:
     return standing(stage, stage_pb2.Activity(run="r", stages=[stage], entry=entry, phase="wait-step"), **changes)
 
 
-def standing(stage: int, activity: stage_pb2.Activity | None, **changes: Any) -> Standing:
+def standing(
+    stage: int, activity: stage_pb2.Activity | None, stages: list[int] | None = None, **changes: Any
+) -> Standing:
     fields: dict[str, Any] = {
         "owes": 3,
         "owed_seconds": 100.0,
@@ -59,7 +61,14 @@ def standing(stage: int, activity: stage_pb2.Activity | None, **changes: Any) ->
         "client_still_seconds": 90.0,
         **changes,
     }
-    return Standing(stage=stage, server=f"s{stage}", address=f"10.0.0.{stage}:7000", activity=activity, **fields)
+    return Standing(
+        position=stage,
+        stages=stages or [stage],
+        server=f"s{stage}",
+        address=f"10.0.0.{stage}:7000",
+        activity=activity,
+        **fields,
+    )
 
 
 def find(*servers: Standing, client_seconds: float = 100.0) -> Stalled | None:
@@ -110,6 +119,18 @@ def test_those_who_wait_for_each_other_have_lost_a_message() -> None:
     assert "forward of micro-batch 7 (value 'h') from stage 0" in error.got
     assert "backward of micro-batch 2 (gradient of 'h') from stage 1" in error.got
     assert "10.0.0.0:7000" in error.remedy
+
+
+def test_servers_with_several_stages_are_named_by_all_of_them() -> None:
+    first = waiting(0, backward_from(1), stages=[0, 3])
+    second = waiting(1, forward_from(0), stages=[1, 2])
+    error = find(first, second)
+    assert error is not None
+    assert error.message.startswith("Stages 0, 3 and 1, 2 have waited for each other for 61.0 s")
+    assert "the network between stages 0, 3 at 10.0.0.0:7000 and stages 1, 2 at 10.0.0.1:7000" in error.remedy
+    slow = find(computing(0, still_seconds=80.0, stages=[0, 3]), second)
+    assert slow is not None
+    assert slow.message.startswith("Stages 0, 3 (server s0 at 10.0.0.0:7000)")
 
 
 def test_a_disk_that_does_not_answer_is_named() -> None:

@@ -101,6 +101,26 @@ def test_no_more_than_the_window_is_open(start: Start) -> None:
     go.release(2)
 
 
+def test_a_generation_begins_when_all_is_finished(start: Start) -> None:
+    go = threading.Event()
+    seen: list[int] = []
+
+    def answer(requests: Iterator[coordinator_pb2.DriveRequest]) -> Iterator[int]:
+        for request in requests:
+            go.wait(5)
+            seen.append(request.entry.generation)
+            yield request.entry.number
+
+    drive = start(answer)
+    first = submit(drive)
+    threading.Timer(0.1, go.set).start()
+    drive.wait_idle()
+    assert first.done()
+    drive.begin_generation(4)
+    submit(drive).result(5)
+    assert seen == [3, 4]
+
+
 def test_a_failure_reaches_every_waiter_and_every_later_call(start: Start) -> None:
     def answer(requests: Iterator[coordinator_pb2.DriveRequest]) -> Iterator[int]:
         next(requests), next(requests)

@@ -134,19 +134,20 @@ def test_the_stream_that_the_compute_thread_waits_for_is_read_on() -> None:
     assert box.dropped == ["released"]
 
 
-def test_state_comes_as_it_is_asked_for() -> None:
+@pytest.mark.parametrize("direction", [STATE, pb.DIRECTION_MOVED])
+def test_state_comes_as_it_is_asked_for(direction: pb.Direction) -> None:
     """All tensors of an entry are of one micro-batch: the whole model must not pile up while they are copied."""
     box = Box()
     box.mailbox.begin(1)
-    assert box.bring(key(value="a", direction=STATE))
-    held = box.bring_in_thread(key(value="b", direction=STATE))
-    assert box.mailbox.take(key(value="a", direction=STATE))
+    assert box.bring(key(value="a", direction=direction))
+    held = box.bring_in_thread(key(value="b", direction=direction))
+    assert box.mailbox.take(key(value="a", direction=direction))
     assert ended(*held) is True
-    held = box.bring_in_thread(key(value="c", direction=STATE))
-    taker = threading.Thread(target=box.mailbox.take, args=[key(value="d", direction=STATE)], daemon=True)
+    held = box.bring_in_thread(key(value="c", direction=direction))
+    taker = threading.Thread(target=box.mailbox.take, args=[key(value="d", direction=direction)], daemon=True)
     taker.start()  # in another order than they are sent
     assert ended(*held) is True
-    assert box.bring(key(value="d", direction=STATE))
+    assert box.bring(key(value="d", direction=direction))
     taker.join(5)
 
 

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from gradwire_coordinator.named_schedules import SCHEDULES, named_programs, named_schedule
+from gradwire_coordinator.named_schedules import (
+    AUTO,
+    SCHEDULES,
+    check_schedule,
+    named_programs,
+    named_schedule,
+    placements,
+    schedule_of,
+)
 from gradwire_coordinator.placement import looped, v_shaped
 from gradwire_coordinator.timetable import check_programs
 from gradwire_protocol.errors import PlanError
@@ -13,7 +21,7 @@ from gradwire_protocol.program import INPUT_GRADIENT
 
 def test_names() -> None:
     assert list(SCHEDULES) == ["gpipe", "1f1b", "interleaved-1f1b", "zb-h1", "zb-v"]
-    with pytest.raises(PlanError, match=r"Unknown schedule.*gpipe or 1f1b"):
+    with pytest.raises(PlanError, match=r"Unknown schedule.*auto or gpipe or 1f1b"):
         named_schedule("zigzag")
 
 
@@ -44,3 +52,26 @@ def test_which_go_with_a_placement() -> None:
     assert list(named_programs(v_shaped(3), 8)) == ["zb-v"]
     assert list(named_programs((0, 0, 1), 8)) == []
     assert "1f1b+1" not in named_programs(looped(1), 8)
+
+
+def test_where_the_stages_of_a_schedule_can_go() -> None:
+    assert placements("1f1b", 3, 1) == [looped(3)]
+    assert placements("zb-v", 3, 2) == [v_shaped(3)]
+    assert placements(AUTO, 3, 1) == [looped(3)]
+    assert placements(AUTO, 3, 2) == [looped(3, 2), v_shaped(3)]
+    assert placements(AUTO, 3, 3) == [looped(3, 3)]
+    assert placements(AUTO, 1, 2) == [(0, 0)]
+    for placement in (*placements(AUTO, 3, 1), *placements(AUTO, 3, 2), *placements(AUTO, 3, 3)):
+        assert schedule_of(AUTO, placement).placement(3, len(placement) // 3) == placement
+    assert schedule_of("zb-h1", looped(3)).name == "zb-h1"
+
+
+def test_what_a_plan_may_ask_for() -> None:
+    check_schedule(AUTO, 16)
+    check_schedule("zb-v", 2)
+    with pytest.raises(PlanError, match="1 to 16"):
+        check_schedule(AUTO, 0)
+    with pytest.raises(PlanError, match="virtual_stages"):
+        check_schedule("1f1b", 0)
+    with pytest.raises(PlanError, match="Unknown schedule"):
+        check_schedule("zigzag", 1)

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from gradwire.plan import Plan
+from gradwire.plan import _VIRTUAL_STAGES, Plan
+from gradwire_coordinator.named_schedules import AUTO, SCHEDULES, check_schedule
 from gradwire_protocol.errors import PlanError, SettingsError
 
 
@@ -79,9 +80,7 @@ def test_a_wrong_value_is_named_with_what_was_expected(field: str, value: Any) -
     [
         ("replicas", 2, "1"),
         ("tensor", 2, "1"),
-        ("virtual_stages", 2, "1"),
-        ("schedule", "zb-h1", "'1f1b'"),
-        ("schedule", "interleaved-1f1b", "'gpipe'"),
+        ("schedule", "zb-2p", "'zb-h1' or 'zb-v'"),
         ("exchange", "parameter-server", "'ring'"),
         ("compression", "topk(density=0.01)", "'none'"),
         ("activation_compression", "topk", "'int8' or 'auto'"),
@@ -101,6 +100,61 @@ def test_what_is_not_carried_out_yet_says_what_is(field: str, value: Any, suppor
 def test_the_number_of_cuts_must_fit_the_stages() -> None:
     with pytest.raises(PlanError, match="2 cuts for 3 stages"):
         Plan(stages=3, cuts=[4])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "asked", "virtual_stages"),
+    [
+        ("auto", 1, 1),
+        ("auto", 4, 4),
+        ("1f1b", 1, 1),
+        ("zb-h1", 1, 1),
+        # They need several, so that one means: as few as they can have.
+        ("interleaved-1f1b", 1, 2),
+        ("interleaved-1f1b", 3, 3),
+        ("zb-v", 1, 2),
+        ("zb-v", 2, 2),
+    ],
+)
+def test_how_many_stages_a_server_has(schedule: str, asked: int, virtual_stages: int) -> None:
+    plan = Plan(stages=3, schedule=schedule, virtual_stages=asked)
+    assert plan.virtual_stages == virtual_stages
+    assert plan.to_proto(rows=1, cut_before=no_modules).virtual_stages == virtual_stages
+    assert dataclasses.replace(plan, stages=2).virtual_stages == virtual_stages
+
+
+@pytest.mark.parametrize(
+    ("schedule", "virtual_stages", "expected"),
+    [("gpipe", 2, "1"), ("1f1b", 2, "1"), ("zb-h1", 3, "1"), ("zb-v", 3, "2"), ("auto", 17, "1 to 16")],
+)
+def test_a_schedule_is_not_made_for_any_number_of_stages_a_server(
+    schedule: str, virtual_stages: int, expected: str
+) -> None:
+    with pytest.raises(PlanError, match=f"{schedule} is not made for {virtual_stages} virtual stages") as caught:
+        Plan(schedule=schedule, virtual_stages=virtual_stages)
+    assert caught.value.expected == expected
+    assert caught.value.remedy
+
+
+def test_the_coordinator_allows_what_the_client_allows() -> None:
+    for schedule, (least, most) in _VIRTUAL_STAGES.items():
+        for virtual_stages in range(18):
+            if least <= virtual_stages <= most:
+                check_schedule(schedule, virtual_stages)
+            else:
+                with pytest.raises(PlanError):
+                    check_schedule(schedule, virtual_stages)
+    assert set(_VIRTUAL_STAGES) == {AUTO, *SCHEDULES}
+
+
+def test_cuts_and_codecs_count_all_stages() -> None:
+    plan = Plan(stages=2, schedule="zb-v", cuts=[1, 2, 3], activation_compression=["int8", "none", "bf16"])
+    message = plan.to_proto(rows=1, cut_before=no_modules)
+    assert (list(message.cuts), list(message.activation_compression)) == ([1, 2, 3], ["int8", "none", "bf16"])
+    with pytest.raises(PlanError, match="5 cuts for 6 stages"):
+        Plan(stages=2, virtual_stages=3, schedule="interleaved-1f1b", cuts=[1])
+    with pytest.raises(PlanError, match="3 for the boundaries of 4 stages"):
+        Plan(stages=2, schedule="zb-v", activation_compression=["int8"])
 
 
 def test_codecs_of_activations_are_one_for_all_boundaries_or_one_for_each() -> None:

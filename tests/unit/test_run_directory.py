@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gradwire.job.run_directory import RunDirectory
+from gradwire.run_plan import RunPlan
 from gradwire_protocol.errors import SettingsError
 from gradwire_protocol.v1 import coordinator_pb2
 
@@ -30,7 +31,7 @@ def test_what_is_written_can_be_read(tmp_path: Path) -> None:
     directory.append_metrics({"step": 2})
     assert [json.loads(line) for line in directory.metrics.read_text().splitlines()] == [{"step": 1}, {"step": 2}]
     stage = coordinator_pb2.StageSummary(stage=0, parameters=7)
-    directory.write_plan(coordinator_pb2.PlanSummary(schedule="1f1b", stages=[stage]))
+    directory.write_plan(RunPlan.from_proto(coordinator_pb2.PlanSummary(schedule="1f1b", stages=[stage])))
     plan = json.loads((directory.path / "plan.json").read_text())
     assert plan["schedule"] == "1f1b"
     assert plan["extra_warm_up"] == 0

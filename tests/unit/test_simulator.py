@@ -5,16 +5,17 @@ from __future__ import annotations
 import pytest
 
 from gradwire_coordinator.placement import looped, v_shaped
-from gradwire_coordinator.programs import training_programs
-from gradwire_coordinator.schedules import gpipe, one_f_one_b
+from gradwire_coordinator.schedules import gpipe, interleaved_1f1b, one_f_one_b
 from gradwire_coordinator.simulator import (
     LinkSeconds,
     StageBytes,
     StageSeconds,
     StepCosts,
+    equal_stages_bubble,
     simulate,
     step_seconds,
 )
+from gradwire_coordinator.zero_bubble import zb_h1
 from gradwire_protocol.errors import PlanError
 from gradwire_protocol.program import Action, parse_program
 
@@ -25,13 +26,13 @@ NO_LINK = LinkSeconds(0.0, 0.0, 0.0)
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
 @pytest.mark.parametrize(("stages", "micro_batches"), [(1, 5), (2, 8), (4, 4), (8, 16)])
 def test_equal_stages_without_links_take_the_ideal_time(schedule: str, stages: int, micro_batches: int) -> None:
-    programs = training_programs(schedule, 0, stages, micro_batches)
+    programs = {"gpipe": gpipe, "1f1b": one_f_one_b}[schedule](stages, micro_batches)
     seconds = step_seconds(programs, [ONE_TWO] * stages, [NO_LINK] * (stages - 1))
     assert seconds == pytest.approx(3 * (micro_batches + stages - 1))
 
 
 def test_a_link_adds_what_nothing_hides_and_one_that_is_slower_than_the_stages_sets_the_pace() -> None:
-    programs = training_programs("1f1b", 1, 2, 100)
+    programs = one_f_one_b(2, 100, 1)
     hidden = step_seconds(programs, [ONE_TWO] * 2, [LinkSeconds(0.5, 0.5, 0.1)])
     # The first forward and the last backward.
     assert hidden == pytest.approx(3 * 101 + 2 * 0.6, abs=0.01)
@@ -43,9 +44,7 @@ def test_a_link_adds_what_nothing_hides_and_one_that_is_slower_than_the_stages_s
 
 def test_a_deeper_warm_up_hides_the_delay_of_a_link() -> None:
     link = LinkSeconds(0.0, 0.0, 0.5)
-    textbook, deeper = (
-        step_seconds(training_programs("1f1b", extra, 2, 50), [ONE_TWO] * 2, [link]) for extra in (0, 1)
-    )
+    textbook, deeper = (step_seconds(one_f_one_b(2, 50, extra), [ONE_TWO] * 2, [link]) for extra in (0, 1))
     assert deeper == pytest.approx(3 * 51 + 1.0)
     assert textbook > deeper + 10
 
@@ -67,7 +66,7 @@ def test_stages_of_one_server_take_turns_and_need_no_link() -> None:
 
 
 def test_programs_that_deadlock_are_refused() -> None:
-    programs = training_programs("1f1b", 0, 2, 2)
+    programs = one_f_one_b(2, 2)
     programs[1].reverse()
     with pytest.raises(PlanError, match="deadlock"):
         step_seconds([programs[0], programs[1][:1] + programs[0]], [ONE_TWO] * 2, [NO_LINK])
@@ -145,3 +144,12 @@ def test_costs_fit_the_stages() -> None:
     with pytest.raises(PlanError, match="do not fit the servers"):
         StepCosts((0, 1), (ONE_TWO,) * 2, (NO_LINK,), (StageBytes(0, 0),) * 2, update=(1.0,))
     assert simulate([[]], costs((0,), ONE_TWO, StageBytes(0, 0))).bubble_ratio == 0
+
+
+def test_the_bubble_of_equal_stages_is_that_of_the_papers() -> None:
+    assert equal_stages_bubble(one_f_one_b(4, 8), looped(4)) == pytest.approx(3 / 11)
+    assert equal_stages_bubble(gpipe(4, 8), looped(4)) == pytest.approx(3 / 11)
+    assert equal_stages_bubble(interleaved_1f1b(4, 8, 2), looped(4, 2)) == pytest.approx(3 / (2 * 8 + 3))
+    # A third of that of 1F1B, in time.
+    assert equal_stages_bubble(zb_h1(4, 8), looped(4)) == pytest.approx(3 / (3 * 8 + 3))
+    assert equal_stages_bubble(one_f_one_b(1, 8), looped(1)) == pytest.approx(0.0)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 import gradwire
+from gradwire.cli.plan import plan
 from gradwire.cli.sample import sample
 from gradwire.cli.status import status
 from gradwire.cli.train import train
@@ -34,6 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(train)
+app.command()(plan)
 app.command()(up)
 app.command()(status)
 app.command()(sample)

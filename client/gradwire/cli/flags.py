@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, Union, get_args
 
 import typer
@@ -11,9 +11,9 @@ from pydantic_settings import BaseSettings
 
 
 def with_flags(
-    settings: type[BaseSettings], defaults: Mapping[str, Any]
+    settings: type[BaseSettings], defaults: Mapping[str, Any], only: Collection[str] | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command, whose last parameter is **flags, one optional flag for each field of `settings`.
+    """Give a command, whose last parameter is **flags, one optional flag for each field of `settings`, or for some.
 
     A flag that was not given arrives as None. `defaults` are shown in the help only.
     """
@@ -24,7 +24,8 @@ def with_flags(
             for parameter in inspect.signature(command, eval_str=True).parameters.values()
             if parameter.kind is not inspect.Parameter.VAR_KEYWORD
         ]
-        made = [_parameter(name, field, defaults.get(name)) for name, field in settings.model_fields.items()]
+        fields = {name: field for name, field in settings.model_fields.items() if only is None or name in only}
+        made = [_parameter(name, field, defaults.get(name)) for name, field in fields.items()]
 
         def wrapper(**given: Any) -> None:
             command(**given)

@@ -16,3 +16,11 @@ TlsAuthority = Annotated[Path | None, typer.Option(help="PEM file of the authori
 TlsCertificate = Annotated[Path | None, typer.Option(help="PEM file of this client's certificate")]
 TlsKey = Annotated[Path | None, typer.Option(help="PEM file of this client's key")]
 Insecure = Annotated[bool, typer.Option(help="Allow plaintext off loopback, on a network that you trust")]
+
+
+def read_cuts(text: str | None) -> list[int | str] | None:
+    """Return --cuts as a plan has it: node positions and module paths."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    return [int(part) if part.isdecimal() else part for part in parts]

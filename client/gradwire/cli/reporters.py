@@ -11,6 +11,8 @@ from typing import Any, Self
 from gradwire.boundaries import boundary_lines
 from gradwire.job.reporter import Beginning, StepRecord, Validation
 from gradwire.progress import ProgressBar
+from gradwire.run_plan import module_names
+from gradwire.units import shown_seconds
 
 _LINE_SECONDS = 5.0
 
@@ -122,9 +124,7 @@ def describe_beginning(beginning: Beginning) -> Iterator[str]:
     )
     last = len(plan.stages) - 1
     for stage in plan.stages:
-        # Nodes of the model's own forward, or of the loss, have no module path.
-        first_module = stage.first_module or ("the model's inputs" if stage.stage == 0 else "the model")
-        last_module = stage.last_module or ("the loss" if stage.stage == last else "the model")
+        first_module, last_module = module_names(plan, stage)
         sent = f", {stage.boundary_bytes / 2**20:.2f} MiB a step to later stages" if stage.stage < last else ""
         yield f"  stage {stage.stage}: {first_module} … {last_module}, {stage.parameters:,} parameters{sent}"
     for line in boundary_lines(plan):
@@ -149,12 +149,20 @@ def describe_summary(summary: dict[str, Any]) -> Iterator[str]:
     )
     yield f"rate: {summary['tokens_per_second']:,.0f} tokens/s, {summary['training_seconds']:.1f} s of training"
     yield (
-        f"bubble: {summary['bubble']:.1%} measured; (p − 1) ÷ (m + p − 1) = {summary['theoretical_bubble']:.1%} for "
-        f"{summary['schedule']} with equal stages"
+        f"bubble: {summary['bubble']:.1%} measured; {summary['theoretical_bubble']:.1%} for {summary['schedule']} with "
+        "equal stages"
     )
+    if "predicted_step_seconds" in summary:
+        yield (
+            f"step: {shown_seconds(summary['step_seconds'])} measured, "
+            f"{shown_seconds(summary['predicted_step_seconds'])} predicted; bubble {summary['simulated_bubble']:.1%} "
+            "simulated"
+        )
+        for finding in summary["findings"]:
+            yield f"  • {finding}"
     for check in summary.get("checks", ()):
         yield f"check in {check['text']}"
     yield f"verdict: {summary['verdict']}"
     yield "where to look next:"
     yield f"  gradwire sample {summary['run_directory']} --prompt 'def '"
-    yield f"  {summary['run_directory']}: plan.json, metrics.jsonl (each step), weights.safetensors"
+    yield f"  {summary['run_directory']}: plan.json, report.txt, metrics.jsonl (each step), weights.safetensors"

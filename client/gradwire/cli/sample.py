@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from gradwire.collector import collector_paused
 from gradwire.job.run_directory import RunDirectory
 
 
@@ -20,7 +21,8 @@ def sample(
     """Continue a prompt with a run's weights."""
     directory = RunDirectory.find(run)
     settings = directory.read_settings()
-    from gradwire.job.gpt import GPT, Shape, continue_text  # imports torch: not for a wrong path
+    with collector_paused():
+        from gradwire.job.gpt import GPT, Shape, continue_text  # imports torch: not for a wrong path
 
     shape = Shape(**{name: settings[name] for name in ("layers", "width", "heads", "context")})
     model = GPT(shape)

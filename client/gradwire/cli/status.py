@@ -13,6 +13,7 @@ from gradwire.boundaries import boundary_lines
 from gradwire.cli.options import Coordinator, Insecure, TlsAuthority, TlsCertificate, TlsKey
 from gradwire.cluster import connect
 from gradwire.plain import to_plain
+from gradwire.run_plan import RunPlan
 from gradwire_protocol.activities import stage_lines
 from gradwire_protocol.settings import tls_files
 from gradwire_protocol.v1 import coordinator_pb2, stage_pb2
@@ -40,7 +41,7 @@ def status(
     console.print(_runs(reply))
     for known in reply.runs:
         if known.state in _LIVE:
-            for line in boundary_lines(known.plan):
+            for line in boundary_lines(RunPlan.from_proto(known.plan)):
                 console.print(f"{known.run}: {line}", highlight=False, markup=False, soft_wrap=True)
     for run, lines in stage_lines(_activities(reply)).items():
         console.print(f"\n{run}", highlight=False, style="bold")

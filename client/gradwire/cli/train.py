@@ -12,6 +12,7 @@ import typer
 from gradwire.cli.flags import with_flags
 from gradwire.cli.reporters import BarReporter, JsonReporter, LineReporter
 from gradwire.cluster import Cluster, connect
+from gradwire.collector import collector_paused
 from gradwire.job.files import text_files
 from gradwire.job.reporter import Reporter
 from gradwire.job.run_directory import RunDirectory
@@ -78,9 +79,10 @@ def _run(
     resume: bool,
 ) -> dict[str, Any]:
     # Imports torch: late, when the servers are on their way.
-    import torch
+    with collector_paused():
+        import torch
 
-    from gradwire.job.training import Job
+        from gradwire.job.training import Job
 
     # The cores are the servers'. A second thread here would do nothing but spin between small operations.
     torch.set_num_threads(1)

@@ -14,9 +14,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gradwire.cli.options import Insecure, TlsAuthority, TlsCertificate, TlsKey
+from gradwire.cli.options import Insecure, TlsAuthority, TlsCertificate, TlsKey, read_cuts
 from gradwire.cluster import Cluster, connect
-from gradwire.job.settings import ENVIRONMENT_PREFIX
+from gradwire.collector import collector_paused
+from gradwire.job.settings import ENVIRONMENT_PREFIX, ScheduleName
 from gradwire.local_cluster import LocalProcesses
 from gradwire.plan import Plan
 from gradwire_protocol.errors import SettingsError
@@ -35,13 +36,17 @@ def verify(
             help="Python file with make_model(), make_optimizer(model), make_batch(), and loss "
             "[default: the reference job's GPT]",
             show_default=False,
+            # Told before anything is started, or loaded.
+            exists=True,
+            dir_okay=False,
         ),
     ] = None,
-    stages: Annotated[int, typer.Option(min=1, help="Pipeline stages")] = 2,
+    stages: Annotated[int, typer.Option(min=1, help="Stage servers of the pipeline")] = 2,
     microbatches: Annotated[int, typer.Option(min=1, help="Micro-batches")] = 4,
-    schedule: Annotated[
-        Literal["auto", "gpipe", "1f1b"], typer.Option(help="Order of the work in each stage")
-    ] = "auto",
+    schedule: Annotated[ScheduleName, typer.Option(help="Order of the work on each server")] = "auto",
+    virtual_stages: Annotated[
+        int, typer.Option(min=1, max=16, help="Stages on each server; some schedules need 2")
+    ] = 1,
     cuts: Annotated[
         str | None,
         typer.Option(help="Where the stages end: module paths or node positions, with commas [default: balanced]"),
@@ -90,7 +95,13 @@ def verify(
         "double": precision is None if double is None else double,
         "precision": precision,
     }
-    plan = Plan(stages=stages, microbatches=microbatches, schedule=schedule, cuts=_cuts(cuts))
+    plan = Plan(
+        stages=stages,
+        microbatches=microbatches,
+        schedule=schedule,
+        virtual_stages=virtual_stages,
+        cuts=read_cuts(cuts),
+    )
     tls = tls_files(tls_authority, tls_certificate, tls_key)
     with ExitStack() as stack:
         if coordinator is not None:
@@ -117,8 +128,9 @@ def _verify(
     settings: Mapping[str, Any],
 ) -> Verification:
     # Import torch: late, when the servers are on their way.
-    from gradwire.job.subject import load_subject, reference_subject
-    from gradwire.verification import verify as compare
+    with collector_paused():
+        from gradwire.job.subject import load_subject, reference_subject
+        from gradwire.verification import verify as compare
 
     subject = reference_subject() if file is None else load_subject(file)
     model, batch = subject.make_model(), subject.make_batch()
@@ -133,13 +145,6 @@ def _verify(
         plan=plan,
         **settings,
     )
-
-
-def _cuts(text: str | None) -> list[int | str] | None:
-    if text is None:
-        return None
-    parts = [part.strip() for part in text.split(",")]
-    return [int(part) if part.isdecimal() else part for part in parts]
 
 
 def _record(found: Verification, top: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from gradwire.collector import collector_paused
 from gradwire.graph.assemble import Draft, draft, graph_of, loss_leaks_into_output
 from gradwire.graph.batch import Batch, BatchLayout, FlatBatch, read_example, with_rows
 from gradwire.graph.capture import capture
@@ -73,6 +74,7 @@ class ExportedModel:
         return allowed[-1]
 
 
+@collector_paused()
 def export_model(
     model: nn.Module,
     loss: Callable[..., Any] | nn.Module | None,

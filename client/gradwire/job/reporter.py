@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from gradwire.results import StepResult
-from gradwire_protocol.v1 import coordinator_pb2
+from gradwire.run_plan import RunPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class Beginning:
     steps_per_epoch: int
     # Steps that an interrupted run had done.
     steps_done: int
-    plan: coordinator_pb2.PlanSummary
+    plan: RunPlan
 
 
 @dataclass(frozen=True, kw_only=True)

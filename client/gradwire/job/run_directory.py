@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradwire.job.settings import write_toml
-from gradwire.plain import to_plain
+from gradwire.run_plan import RunPlan
 from gradwire_protocol.errors import SettingsError
-from gradwire_protocol.v1 import coordinator_pb2
 
 if TYPE_CHECKING:
     import torch
+
+    from gradwire.report import Report
 
 _SETTINGS, _PLAN, _METRICS, _WEIGHTS, _SUMMARY = (
     "settings.toml",
@@ -24,6 +25,7 @@ _SETTINGS, _PLAN, _METRICS, _WEIGHTS, _SUMMARY = (
     "weights.safetensors",
     "summary.json",
 )
+_REPORT, _REPORT_TEXT = "report.json", "report.txt"
 
 
 class RunDirectory:
@@ -99,8 +101,13 @@ class RunDirectory:
     def read_settings(self) -> dict[str, Any]:
         return tomllib.loads((self.path / _SETTINGS).read_text())
 
-    def write_plan(self, plan: coordinator_pb2.PlanSummary) -> None:
-        (self.path / _PLAN).write_text(json.dumps(to_plain(plan), indent=2) + "\n")
+    def write_plan(self, plan: RunPlan) -> None:
+        (self.path / _PLAN).write_text(json.dumps(plan.to_record(), indent=2) + "\n")
+
+    def write_report(self, report: Report) -> None:
+        """Write what was predicted beside what was measured, as JSON and as people read it."""
+        (self.path / _REPORT).write_text(json.dumps(report.to_record(), indent=2) + "\n")
+        (self.path / _REPORT_TEXT).write_text(f"{report}\n")
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         with self.metrics.open("a") as file:

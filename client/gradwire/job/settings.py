@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -12,9 +12,11 @@ from typing import Any, Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
+from gradwire.plan import Plan
 from gradwire_protocol.settings import Settings, load_settings
 
 ENVIRONMENT_PREFIX = "GRADWIRE_"
+ScheduleName = Literal["auto", "gpipe", "1f1b", "interleaved-1f1b", "zb-h1", "zb-v"]
 
 
 class JobSettings(Settings):
@@ -37,9 +39,10 @@ class JobSettings(Settings):
         None, description="Autocast to bfloat16; fp16 would need a scaled loss [default: no autocast]"
     )
     seed: int = Field(ge=0, lt=2**63, description="Of the first weights and of the order of the text")
-    stages: int = Field(ge=1, description="Pipeline stages")
+    stages: int = Field(ge=1, description="Stage servers of the pipeline")
     microbatches: int = Field(ge=1, description="Micro-batches a step")
-    schedule: Literal["auto", "gpipe", "1f1b"] = Field(description="Order of the work in each stage")
+    schedule: ScheduleName = Field(description="Order of the work on each server")
+    virtual_stages: int = Field(1, ge=1, le=16, description="Stages on each server; some schedules need 2")
     recompute: bool = Field(False, description="Run forwards again for their backward, instead of keeping activations")
     activation_compression: Literal["none", "bf16", "fp16", "int8", "auto"] = Field(
         "none", description="Codec of activations and their gradients between stages"
@@ -70,6 +73,21 @@ def reference_values() -> dict[str, Any]:
 def load_job_settings(flags: Mapping[str, Any], config: Path | None = None) -> JobSettings:
     """Return the settings for the flags that were given (None: not given). SettingsError names each wrong value."""
     return load_settings(JobSettings, flags, config, reference_values())
+
+
+def plan_of(settings: JobSettings, cuts: Sequence[int | str] | None = None) -> Plan:
+    """Return the plan that the settings ask for; PlanError for what is not valid."""
+    return Plan(
+        stages=settings.stages,
+        microbatches=settings.microbatches,
+        schedule=settings.schedule,
+        virtual_stages=settings.virtual_stages,
+        recompute=settings.recompute,
+        activation_compression=settings.activation_compression,
+        window=settings.window,
+        stall_seconds=settings.stall_seconds,
+        cuts=cuts,
+    )
 
 
 def write_toml(values: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from gradwire.job.gpt import GPT, Shape, make_optimizer, next_byte_loss
-from gradwire.job.settings import load_job_settings
+from gradwire.job.settings import JobSettings, load_job_settings
 from gradwire_protocol.errors import SettingsError
 
 _FUNCTIONS = ("make_model", "make_optimizer", "make_batch")
@@ -53,9 +53,10 @@ def load_subject(file: Path) -> Subject:
     return Subject(make_model=make_model, make_optimizer=make_optimizer, make_batch=make_batch, loss=module.loss)
 
 
-def reference_subject() -> Subject:
-    """Return the reference job's model and optimizer, with a small batch of random bytes."""
-    settings = load_job_settings({})
+def reference_subject(settings: JobSettings | None = None) -> Subject:
+    """Return a job's model, optimizer, and batch of random bytes; None: the reference job's, with a small batch."""
+    rows = settings.batch if settings is not None else _ROWS
+    settings = settings or load_job_settings({})
     shape = Shape(layers=settings.layers, width=settings.width, heads=settings.heads, context=settings.context)
 
     def make_model() -> GPT:
@@ -63,7 +64,7 @@ def reference_subject() -> Subject:
         return GPT(shape)
 
     def make_batch() -> tuple[torch.Tensor, torch.Tensor]:
-        text = torch.randint(256, (_ROWS, shape.context + 1), generator=torch.Generator().manual_seed(settings.seed))
+        text = torch.randint(256, (rows, shape.context + 1), generator=torch.Generator().manual_seed(settings.seed))
         return text[:, :-1].contiguous(), text[:, 1:].contiguous()
 
     return Subject(

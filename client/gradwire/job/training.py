@@ -22,9 +22,8 @@ from gradwire.job.checkpoints import JobCheckpoints, check_position
 from gradwire.job.gpt import GPT, Shape, make_optimizer, next_byte_loss
 from gradwire.job.reporter import Beginning, Reporter, StepRecord, Validation
 from gradwire.job.run_directory import RunDirectory
-from gradwire.job.settings import JobSettings
+from gradwire.job.settings import JobSettings, plan_of
 from gradwire.job.text import Windows, load_text, validation_batches
-from gradwire.plan import Plan
 from gradwire.results import StepResult
 from gradwire.trainer import Trainer
 from gradwire.verification import Verification, verify
@@ -80,15 +79,7 @@ class Job:
         self._model = GPT(shape)
         self._optimizer = make_optimizer(self._model, lr=settings.lr, weight_decay=settings.weight_decay)
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._lr_share)
-        self._plan = Plan(
-            stages=settings.stages,
-            microbatches=settings.microbatches,
-            schedule=settings.schedule,
-            recompute=settings.recompute,
-            activation_compression=settings.activation_compression,
-            window=settings.window,
-            stall_seconds=settings.stall_seconds,
-        )
+        self._plan = plan_of(settings)
 
     def run(
         self,
@@ -143,6 +134,8 @@ class Job:
             )
             self._train(trainer, checkpoints, progress, directory, reporter, started_at)
             checkpoints.finish(trainer, progress.done, self._windows.position(progress.done))
+            # Of the first step of a run nothing is reported.
+            report = trainer.report() if progress.done - begin > 1 else None
             state = trainer.state_dict()
         weights = directory.write_weights(state)
         self._model.load_state_dict(state)
@@ -166,6 +159,12 @@ class Job:
             "weights": str(weights),
             "verdict": "not checked",
         }
+        if report is not None:
+            directory.write_report(report)
+            summary["step_seconds"] = report.seconds.measured
+            summary["predicted_step_seconds"] = report.seconds.predicted
+            summary["simulated_bubble"] = report.bubble.predicted
+            summary["findings"] = list(report.findings)
         if newest is not None:
             summary["resumed_after_step"] = begin
         if settings.check:

@@ -140,7 +140,7 @@ class ServerLayout(_message.Message):
     def __init__(self, server: _Optional[str] = ..., address: _Optional[str] = ..., stages: _Optional[_Iterable[int]] = ..., replica: _Optional[int] = ..., tensors: _Optional[_Iterable[str]] = ..., inputs: _Optional[_Iterable[_Union[InputUse, _Mapping]]] = ..., results: _Optional[_Iterable[str]] = ..., owned_tensors: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StageSummary(_message.Message):
-    __slots__ = ("stage", "first_node", "nodes", "first_module", "last_module", "parameters", "estimated_seconds", "boundary_bytes", "codec", "codec_reason")
+    __slots__ = ("stage", "first_node", "nodes", "first_module", "last_module", "parameters", "estimated_seconds", "boundary_bytes", "codec", "codec_reason", "server", "forward_seconds", "backward_seconds", "input_gradient_seconds", "weight_gradient_seconds", "returned_bytes")
     STAGE_FIELD_NUMBER: _ClassVar[int]
     FIRST_NODE_FIELD_NUMBER: _ClassVar[int]
     NODES_FIELD_NUMBER: _ClassVar[int]
@@ -151,6 +151,12 @@ class StageSummary(_message.Message):
     BOUNDARY_BYTES_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
     CODEC_REASON_FIELD_NUMBER: _ClassVar[int]
+    SERVER_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    BACKWARD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    INPUT_GRADIENT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_GRADIENT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    RETURNED_BYTES_FIELD_NUMBER: _ClassVar[int]
     stage: int
     first_node: int
     nodes: int
@@ -161,33 +167,157 @@ class StageSummary(_message.Message):
     boundary_bytes: int
     codec: _tensors_pb2.Codec
     codec_reason: str
-    def __init__(self, stage: _Optional[int] = ..., first_node: _Optional[int] = ..., nodes: _Optional[int] = ..., first_module: _Optional[str] = ..., last_module: _Optional[str] = ..., parameters: _Optional[int] = ..., estimated_seconds: _Optional[float] = ..., boundary_bytes: _Optional[int] = ..., codec: _Optional[_Union[_tensors_pb2.Codec, str]] = ..., codec_reason: _Optional[str] = ...) -> None: ...
+    server: int
+    forward_seconds: float
+    backward_seconds: float
+    input_gradient_seconds: float
+    weight_gradient_seconds: float
+    returned_bytes: int
+    def __init__(self, stage: _Optional[int] = ..., first_node: _Optional[int] = ..., nodes: _Optional[int] = ..., first_module: _Optional[str] = ..., last_module: _Optional[str] = ..., parameters: _Optional[int] = ..., estimated_seconds: _Optional[float] = ..., boundary_bytes: _Optional[int] = ..., codec: _Optional[_Union[_tensors_pb2.Codec, str]] = ..., codec_reason: _Optional[str] = ..., server: _Optional[int] = ..., forward_seconds: _Optional[float] = ..., backward_seconds: _Optional[float] = ..., input_gradient_seconds: _Optional[float] = ..., weight_gradient_seconds: _Optional[float] = ..., returned_bytes: _Optional[int] = ...) -> None: ...
+
+class ServerPrediction(_message.Message):
+    __slots__ = ("server", "device", "stages", "busy_seconds", "reduce_seconds", "update_seconds", "weight_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes")
+    SERVER_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
+    BUSY_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    REDUCE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    UPDATE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OPTIMIZER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ACTIVATION_BYTES_FIELD_NUMBER: _ClassVar[int]
+    server: str
+    device: DeviceInfo
+    stages: _containers.RepeatedScalarFieldContainer[int]
+    busy_seconds: float
+    reduce_seconds: float
+    update_seconds: float
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+    def __init__(self, server: _Optional[str] = ..., device: _Optional[_Union[DeviceInfo, _Mapping]] = ..., stages: _Optional[_Iterable[int]] = ..., busy_seconds: _Optional[float] = ..., reduce_seconds: _Optional[float] = ..., update_seconds: _Optional[float] = ..., weight_bytes: _Optional[int] = ..., gradient_bytes: _Optional[int] = ..., optimizer_bytes: _Optional[int] = ..., activation_bytes: _Optional[int] = ...) -> None: ...
+
+class LinkPrediction(_message.Message):
+    __slots__ = ("stage", "forward_bytes_per_second", "backward_bytes_per_second", "round_trip_seconds", "measured", "reason")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    BACKWARD_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    ROUND_TRIP_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    MEASURED_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    stage: int
+    forward_bytes_per_second: float
+    backward_bytes_per_second: float
+    round_trip_seconds: float
+    measured: bool
+    reason: str
+    def __init__(self, stage: _Optional[int] = ..., forward_bytes_per_second: _Optional[float] = ..., backward_bytes_per_second: _Optional[float] = ..., round_trip_seconds: _Optional[float] = ..., measured: bool = ..., reason: _Optional[str] = ...) -> None: ...
+
+class PlanCandidate(_message.Message):
+    __slots__ = ("schedule", "extra_warm_up", "virtual_stages", "placement", "seconds", "bubble_ratio", "peak_bytes", "traffic_bytes", "fits", "chosen", "split_backwards")
+    SCHEDULE_FIELD_NUMBER: _ClassVar[int]
+    EXTRA_WARM_UP_FIELD_NUMBER: _ClassVar[int]
+    VIRTUAL_STAGES_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    BUBBLE_RATIO_FIELD_NUMBER: _ClassVar[int]
+    PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TRAFFIC_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FITS_FIELD_NUMBER: _ClassVar[int]
+    CHOSEN_FIELD_NUMBER: _ClassVar[int]
+    SPLIT_BACKWARDS_FIELD_NUMBER: _ClassVar[int]
+    schedule: str
+    extra_warm_up: int
+    virtual_stages: int
+    placement: _containers.RepeatedScalarFieldContainer[int]
+    seconds: float
+    bubble_ratio: float
+    peak_bytes: _containers.RepeatedScalarFieldContainer[int]
+    traffic_bytes: int
+    fits: bool
+    chosen: bool
+    split_backwards: int
+    def __init__(self, schedule: _Optional[str] = ..., extra_warm_up: _Optional[int] = ..., virtual_stages: _Optional[int] = ..., placement: _Optional[_Iterable[int]] = ..., seconds: _Optional[float] = ..., bubble_ratio: _Optional[float] = ..., peak_bytes: _Optional[_Iterable[int]] = ..., traffic_bytes: _Optional[int] = ..., fits: bool = ..., chosen: bool = ..., split_backwards: _Optional[int] = ...) -> None: ...
+
+class Prediction(_message.Message):
+    __slots__ = ("seconds", "bubble_ratio", "lower_bound_seconds", "servers", "links", "candidates", "reason", "cost_source", "partition_gap")
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    BUBBLE_RATIO_FIELD_NUMBER: _ClassVar[int]
+    LOWER_BOUND_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SERVERS_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    COST_SOURCE_FIELD_NUMBER: _ClassVar[int]
+    PARTITION_GAP_FIELD_NUMBER: _ClassVar[int]
+    seconds: float
+    bubble_ratio: float
+    lower_bound_seconds: float
+    servers: _containers.RepeatedCompositeFieldContainer[ServerPrediction]
+    links: _containers.RepeatedCompositeFieldContainer[LinkPrediction]
+    candidates: _containers.RepeatedCompositeFieldContainer[PlanCandidate]
+    reason: str
+    cost_source: str
+    partition_gap: float
+    def __init__(self, seconds: _Optional[float] = ..., bubble_ratio: _Optional[float] = ..., lower_bound_seconds: _Optional[float] = ..., servers: _Optional[_Iterable[_Union[ServerPrediction, _Mapping]]] = ..., links: _Optional[_Iterable[_Union[LinkPrediction, _Mapping]]] = ..., candidates: _Optional[_Iterable[_Union[PlanCandidate, _Mapping]]] = ..., reason: _Optional[str] = ..., cost_source: _Optional[str] = ..., partition_gap: _Optional[float] = ...) -> None: ...
+
+class TimedAction(_message.Message):
+    __slots__ = ("action", "start_seconds", "end_seconds")
+    ACTION_FIELD_NUMBER: _ClassVar[int]
+    START_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    END_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    action: _run_pb2.Action
+    start_seconds: float
+    end_seconds: float
+    def __init__(self, action: _Optional[_Union[_run_pb2.Action, _Mapping]] = ..., start_seconds: _Optional[float] = ..., end_seconds: _Optional[float] = ...) -> None: ...
+
+class ServerTimeline(_message.Message):
+    __slots__ = ("actions",)
+    ACTIONS_FIELD_NUMBER: _ClassVar[int]
+    actions: _containers.RepeatedCompositeFieldContainer[TimedAction]
+    def __init__(self, actions: _Optional[_Iterable[_Union[TimedAction, _Mapping]]] = ...) -> None: ...
 
 class PlanSummary(_message.Message):
-    __slots__ = ("schedule", "extra_warm_up", "micro_batches", "stages", "theoretical_bubble_ratio")
+    __slots__ = ("schedule", "extra_warm_up", "micro_batches", "stages", "theoretical_bubble_ratio", "virtual_stages", "prediction")
     SCHEDULE_FIELD_NUMBER: _ClassVar[int]
     EXTRA_WARM_UP_FIELD_NUMBER: _ClassVar[int]
     MICRO_BATCHES_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
     THEORETICAL_BUBBLE_RATIO_FIELD_NUMBER: _ClassVar[int]
+    VIRTUAL_STAGES_FIELD_NUMBER: _ClassVar[int]
+    PREDICTION_FIELD_NUMBER: _ClassVar[int]
     schedule: str
     extra_warm_up: int
     micro_batches: int
     stages: _containers.RepeatedCompositeFieldContainer[StageSummary]
     theoretical_bubble_ratio: float
-    def __init__(self, schedule: _Optional[str] = ..., extra_warm_up: _Optional[int] = ..., micro_batches: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[StageSummary, _Mapping]]] = ..., theoretical_bubble_ratio: _Optional[float] = ...) -> None: ...
+    virtual_stages: int
+    prediction: Prediction
+    def __init__(self, schedule: _Optional[str] = ..., extra_warm_up: _Optional[int] = ..., micro_batches: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[StageSummary, _Mapping]]] = ..., theoretical_bubble_ratio: _Optional[float] = ..., virtual_stages: _Optional[int] = ..., prediction: _Optional[_Union[Prediction, _Mapping]] = ...) -> None: ...
 
 class CreateRunReply(_message.Message):
-    __slots__ = ("run", "generation", "servers", "plan")
+    __slots__ = ("run", "generation", "servers", "plan", "timeline")
     RUN_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     SERVERS_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
+    TIMELINE_FIELD_NUMBER: _ClassVar[int]
     run: str
     generation: int
     servers: _containers.RepeatedCompositeFieldContainer[ServerLayout]
     plan: PlanSummary
-    def __init__(self, run: _Optional[str] = ..., generation: _Optional[int] = ..., servers: _Optional[_Iterable[_Union[ServerLayout, _Mapping]]] = ..., plan: _Optional[_Union[PlanSummary, _Mapping]] = ...) -> None: ...
+    timeline: _containers.RepeatedCompositeFieldContainer[ServerTimeline]
+    def __init__(self, run: _Optional[str] = ..., generation: _Optional[int] = ..., servers: _Optional[_Iterable[_Union[ServerLayout, _Mapping]]] = ..., plan: _Optional[_Union[PlanSummary, _Mapping]] = ..., timeline: _Optional[_Iterable[_Union[ServerTimeline, _Mapping]]] = ...) -> None: ...
+
+class PlanReply(_message.Message):
+    __slots__ = ("plan", "timeline")
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    TIMELINE_FIELD_NUMBER: _ClassVar[int]
+    plan: PlanSummary
+    timeline: _containers.RepeatedCompositeFieldContainer[ServerTimeline]
+    def __init__(self, plan: _Optional[_Union[PlanSummary, _Mapping]] = ..., timeline: _Optional[_Iterable[_Union[ServerTimeline, _Mapping]]] = ...) -> None: ...
 
 class DriveRequest(_message.Message):
     __slots__ = ("run", "entry")
@@ -248,6 +378,28 @@ class InspectCheckpointReply(_message.Message):
     model: _containers.RepeatedCompositeFieldContainer[CheckpointTensor]
     optimizer: _containers.RepeatedCompositeFieldContainer[CheckpointTensor]
     def __init__(self, manifest: _Optional[str] = ..., manifest_sha256: _Optional[str] = ..., model: _Optional[_Iterable[_Union[CheckpointTensor, _Mapping]]] = ..., optimizer: _Optional[_Iterable[_Union[CheckpointTensor, _Mapping]]] = ...) -> None: ...
+
+class ReplanRequest(_message.Message):
+    __slots__ = ("run", "minimum_gain")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    MINIMUM_GAIN_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    minimum_gain: float
+    def __init__(self, run: _Optional[str] = ..., minimum_gain: _Optional[float] = ...) -> None: ...
+
+class ReplanReply(_message.Message):
+    __slots__ = ("moved", "seconds_before", "seconds_after", "layout", "new_plan")
+    MOVED_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_AFTER_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    NEW_PLAN_FIELD_NUMBER: _ClassVar[int]
+    moved: bool
+    seconds_before: float
+    seconds_after: float
+    layout: CreateRunReply
+    new_plan: _run_pb2.NewPlan
+    def __init__(self, moved: bool = ..., seconds_before: _Optional[float] = ..., seconds_after: _Optional[float] = ..., layout: _Optional[_Union[CreateRunReply, _Mapping]] = ..., new_plan: _Optional[_Union[_run_pb2.NewPlan, _Mapping]] = ...) -> None: ...
 
 class EndRunRequest(_message.Message):
     __slots__ = ("run",)

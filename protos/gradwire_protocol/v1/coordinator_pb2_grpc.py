@@ -55,10 +55,20 @@ class CoordinatorServiceStub(object):
                 request_serializer=gradwire__protocol_dot_v1_dot_coordinator__pb2.CreateRunRequest.SerializeToString,
                 response_deserializer=gradwire__protocol_dot_v1_dot_coordinator__pb2.CreateRunReply.FromString,
                 _registered_method=True)
+        self.Plan = channel.unary_unary(
+                '/gradwire_protocol.v1.CoordinatorService/Plan',
+                request_serializer=gradwire__protocol_dot_v1_dot_coordinator__pb2.CreateRunRequest.SerializeToString,
+                response_deserializer=gradwire__protocol_dot_v1_dot_coordinator__pb2.PlanReply.FromString,
+                _registered_method=True)
         self.Drive = channel.stream_stream(
                 '/gradwire_protocol.v1.CoordinatorService/Drive',
                 request_serializer=gradwire__protocol_dot_v1_dot_coordinator__pb2.DriveRequest.SerializeToString,
                 response_deserializer=gradwire__protocol_dot_v1_dot_coordinator__pb2.DriveReply.FromString,
+                _registered_method=True)
+        self.Replan = channel.unary_unary(
+                '/gradwire_protocol.v1.CoordinatorService/Replan',
+                request_serializer=gradwire__protocol_dot_v1_dot_coordinator__pb2.ReplanRequest.SerializeToString,
+                response_deserializer=gradwire__protocol_dot_v1_dot_coordinator__pb2.ReplanReply.FromString,
                 _registered_method=True)
         self.EndRun = channel.unary_unary(
                 '/gradwire_protocol.v1.CoordinatorService/EndRun',
@@ -112,10 +122,25 @@ class CoordinatorServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Plan(self, request, context):
+        """What CreateRun would do, without doing it: servers are taken only while links and nodes are measured.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Drive(self, request_iterator, context):
         """The client's stream of entries, in order, at most Plan.window open at once; one result each, in order, and for each
         SaveState how its writing ended.
         All messages name the same run. When the stream ends or breaks, the run ends.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Replan(self, request, context):
+        """Plans a run anew from what its steps have taken. If that is worth it, the run's next generation is prepared, with the
+        same servers, and the state stays with them. Refused while an entry is open, or a checkpoint is being written.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -172,10 +197,20 @@ def add_CoordinatorServiceServicer_to_server(servicer, server):
                     request_deserializer=gradwire__protocol_dot_v1_dot_coordinator__pb2.CreateRunRequest.FromString,
                     response_serializer=gradwire__protocol_dot_v1_dot_coordinator__pb2.CreateRunReply.SerializeToString,
             ),
+            'Plan': grpc.unary_unary_rpc_method_handler(
+                    servicer.Plan,
+                    request_deserializer=gradwire__protocol_dot_v1_dot_coordinator__pb2.CreateRunRequest.FromString,
+                    response_serializer=gradwire__protocol_dot_v1_dot_coordinator__pb2.PlanReply.SerializeToString,
+            ),
             'Drive': grpc.stream_stream_rpc_method_handler(
                     servicer.Drive,
                     request_deserializer=gradwire__protocol_dot_v1_dot_coordinator__pb2.DriveRequest.FromString,
                     response_serializer=gradwire__protocol_dot_v1_dot_coordinator__pb2.DriveReply.SerializeToString,
+            ),
+            'Replan': grpc.unary_unary_rpc_method_handler(
+                    servicer.Replan,
+                    request_deserializer=gradwire__protocol_dot_v1_dot_coordinator__pb2.ReplanRequest.FromString,
+                    response_serializer=gradwire__protocol_dot_v1_dot_coordinator__pb2.ReplanReply.SerializeToString,
             ),
             'EndRun': grpc.unary_unary_rpc_method_handler(
                     servicer.EndRun,
@@ -318,6 +353,33 @@ class CoordinatorService(object):
             _registered_method=True)
 
     @staticmethod
+    def Plan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradwire_protocol.v1.CoordinatorService/Plan',
+            gradwire__protocol_dot_v1_dot_coordinator__pb2.CreateRunRequest.SerializeToString,
+            gradwire__protocol_dot_v1_dot_coordinator__pb2.PlanReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Drive(request_iterator,
             target,
             options=(),
@@ -334,6 +396,33 @@ class CoordinatorService(object):
             '/gradwire_protocol.v1.CoordinatorService/Drive',
             gradwire__protocol_dot_v1_dot_coordinator__pb2.DriveRequest.SerializeToString,
             gradwire__protocol_dot_v1_dot_coordinator__pb2.DriveReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Replan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradwire_protocol.v1.CoordinatorService/Replan',
+            gradwire__protocol_dot_v1_dot_coordinator__pb2.ReplanRequest.SerializeToString,
+            gradwire__protocol_dot_v1_dot_coordinator__pb2.ReplanReply.FromString,
             options,
             channel_credentials,
             insecure,

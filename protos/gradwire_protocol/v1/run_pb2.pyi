@@ -29,7 +29,7 @@ ACTION_KIND_INPUT_GRADIENT: ActionKind
 ACTION_KIND_WEIGHT_GRADIENT: ActionKind
 
 class Plan(_message.Message):
-    __slots__ = ("stages", "replicas", "tensor", "micro_batches", "schedule", "window", "cuts", "expected_rows", "recompute", "precision", "activation_compression", "stall_seconds", "step_seconds", "checksums")
+    __slots__ = ("stages", "replicas", "tensor", "micro_batches", "schedule", "window", "cuts", "expected_rows", "recompute", "precision", "activation_compression", "stall_seconds", "step_seconds", "checksums", "virtual_stages")
     STAGES_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     TENSOR_FIELD_NUMBER: _ClassVar[int]
@@ -44,6 +44,7 @@ class Plan(_message.Message):
     STALL_SECONDS_FIELD_NUMBER: _ClassVar[int]
     STEP_SECONDS_FIELD_NUMBER: _ClassVar[int]
     CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
+    VIRTUAL_STAGES_FIELD_NUMBER: _ClassVar[int]
     stages: int
     replicas: int
     tensor: int
@@ -58,7 +59,8 @@ class Plan(_message.Message):
     stall_seconds: float
     step_seconds: float
     checksums: bool
-    def __init__(self, stages: _Optional[int] = ..., replicas: _Optional[int] = ..., tensor: _Optional[int] = ..., micro_batches: _Optional[int] = ..., schedule: _Optional[str] = ..., window: _Optional[int] = ..., cuts: _Optional[_Iterable[int]] = ..., expected_rows: _Optional[int] = ..., recompute: bool = ..., precision: _Optional[_Union[_tensors_pb2.DataType, str]] = ..., activation_compression: _Optional[_Iterable[str]] = ..., stall_seconds: _Optional[float] = ..., step_seconds: _Optional[float] = ..., checksums: bool = ...) -> None: ...
+    virtual_stages: int
+    def __init__(self, stages: _Optional[int] = ..., replicas: _Optional[int] = ..., tensor: _Optional[int] = ..., micro_batches: _Optional[int] = ..., schedule: _Optional[str] = ..., window: _Optional[int] = ..., cuts: _Optional[_Iterable[int]] = ..., expected_rows: _Optional[int] = ..., recompute: bool = ..., precision: _Optional[_Union[_tensors_pb2.DataType, str]] = ..., activation_compression: _Optional[_Iterable[str]] = ..., stall_seconds: _Optional[float] = ..., step_seconds: _Optional[float] = ..., checksums: bool = ..., virtual_stages: _Optional[int] = ...) -> None: ...
 
 class Action(_message.Message):
     __slots__ = ("kind", "stage", "micro_batch")
@@ -211,8 +213,36 @@ class SaveState(_message.Message):
     tied: _containers.ScalarMap[str, str]
     def __init__(self, directory: _Optional[str] = ..., token: _Optional[str] = ..., keys: _Optional[_Mapping[str, str]] = ..., kept: _Optional[_Iterable[str]] = ..., tied: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
+class Move(_message.Message):
+    __slots__ = ("tensor", "from_server", "to_server", "states")
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    FROM_SERVER_FIELD_NUMBER: _ClassVar[int]
+    TO_SERVER_FIELD_NUMBER: _ClassVar[int]
+    STATES_FIELD_NUMBER: _ClassVar[int]
+    tensor: str
+    from_server: str
+    to_server: str
+    states: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, tensor: _Optional[str] = ..., from_server: _Optional[str] = ..., to_server: _Optional[str] = ..., states: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class NewPlan(_message.Message):
+    __slots__ = ("servers", "cuts", "placement", "schedule", "extra_warm_up", "moves")
+    SERVERS_FIELD_NUMBER: _ClassVar[int]
+    CUTS_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
+    SCHEDULE_FIELD_NUMBER: _ClassVar[int]
+    EXTRA_WARM_UP_FIELD_NUMBER: _ClassVar[int]
+    MOVES_FIELD_NUMBER: _ClassVar[int]
+    servers: _containers.RepeatedScalarFieldContainer[str]
+    cuts: _containers.RepeatedScalarFieldContainer[int]
+    placement: _containers.RepeatedScalarFieldContainer[int]
+    schedule: str
+    extra_warm_up: int
+    moves: _containers.RepeatedCompositeFieldContainer[Move]
+    def __init__(self, servers: _Optional[_Iterable[str]] = ..., cuts: _Optional[_Iterable[int]] = ..., placement: _Optional[_Iterable[int]] = ..., schedule: _Optional[str] = ..., extra_warm_up: _Optional[int] = ..., moves: _Optional[_Iterable[_Union[Move, _Mapping]]] = ...) -> None: ...
+
 class Entry(_message.Message):
-    __slots__ = ("number", "generation", "load_state", "train_step", "evaluate", "predict", "fetch_state", "save_state")
+    __slots__ = ("number", "generation", "load_state", "train_step", "evaluate", "predict", "fetch_state", "save_state", "new_plan")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     LOAD_STATE_FIELD_NUMBER: _ClassVar[int]
@@ -221,6 +251,7 @@ class Entry(_message.Message):
     PREDICT_FIELD_NUMBER: _ClassVar[int]
     FETCH_STATE_FIELD_NUMBER: _ClassVar[int]
     SAVE_STATE_FIELD_NUMBER: _ClassVar[int]
+    NEW_PLAN_FIELD_NUMBER: _ClassVar[int]
     number: int
     generation: int
     load_state: LoadState
@@ -229,7 +260,8 @@ class Entry(_message.Message):
     predict: Predict
     fetch_state: FetchState
     save_state: SaveState
-    def __init__(self, number: _Optional[int] = ..., generation: _Optional[int] = ..., load_state: _Optional[_Union[LoadState, _Mapping]] = ..., train_step: _Optional[_Union[TrainStep, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., predict: _Optional[_Union[Predict, _Mapping]] = ..., fetch_state: _Optional[_Union[FetchState, _Mapping]] = ..., save_state: _Optional[_Union[SaveState, _Mapping]] = ...) -> None: ...
+    new_plan: NewPlan
+    def __init__(self, number: _Optional[int] = ..., generation: _Optional[int] = ..., load_state: _Optional[_Union[LoadState, _Mapping]] = ..., train_step: _Optional[_Union[TrainStep, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., predict: _Optional[_Union[Predict, _Mapping]] = ..., fetch_state: _Optional[_Union[FetchState, _Mapping]] = ..., save_state: _Optional[_Union[SaveState, _Mapping]] = ..., new_plan: _Optional[_Union[NewPlan, _Mapping]] = ...) -> None: ...
 
 class LossPart(_message.Message):
     __slots__ = ("micro_batch", "sum", "weight")

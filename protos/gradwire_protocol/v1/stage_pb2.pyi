@@ -116,7 +116,7 @@ class UntakenBound(_message.Message):
     def __init__(self, direction: _Optional[_Union[_tensors_pb2.Direction, str]] = ..., source_stage: _Optional[int] = ..., value: _Optional[str] = ..., messages: _Optional[int] = ..., message_bytes: _Optional[int] = ...) -> None: ...
 
 class PrepareRequest(_message.Message):
-    __slots__ = ("run", "generation", "server", "segments", "tensors", "peers", "stages", "optimizer", "loss_form", "seed", "recompute", "precision", "activation_codecs", "bounds", "checksums")
+    __slots__ = ("run", "generation", "server", "segments", "tensors", "peers", "stages", "optimizer", "loss_form", "seed", "recompute", "precision", "activation_codecs", "bounds", "checksums", "takes_over")
     RUN_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     SERVER_FIELD_NUMBER: _ClassVar[int]
@@ -132,6 +132,7 @@ class PrepareRequest(_message.Message):
     ACTIVATION_CODECS_FIELD_NUMBER: _ClassVar[int]
     BOUNDS_FIELD_NUMBER: _ClassVar[int]
     CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
+    TAKES_OVER_FIELD_NUMBER: _ClassVar[int]
     run: str
     generation: int
     server: str
@@ -147,13 +148,16 @@ class PrepareRequest(_message.Message):
     activation_codecs: _containers.RepeatedScalarFieldContainer[_tensors_pb2.Codec]
     bounds: _containers.RepeatedCompositeFieldContainer[UntakenBound]
     checksums: bool
-    def __init__(self, run: _Optional[str] = ..., generation: _Optional[int] = ..., server: _Optional[str] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., tensors: _Optional[_Iterable[_Union[TensorPlacement, _Mapping]]] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., stages: _Optional[int] = ..., optimizer: _Optional[_Union[_run_pb2.Optimizer, _Mapping]] = ..., loss_form: _Optional[_Union[_graph_pb2.LossForm, str]] = ..., seed: _Optional[int] = ..., recompute: bool = ..., precision: _Optional[_Union[_tensors_pb2.DataType, str]] = ..., activation_codecs: _Optional[_Iterable[_Union[_tensors_pb2.Codec, str]]] = ..., bounds: _Optional[_Iterable[_Union[UntakenBound, _Mapping]]] = ..., checksums: bool = ...) -> None: ...
+    takes_over: bool
+    def __init__(self, run: _Optional[str] = ..., generation: _Optional[int] = ..., server: _Optional[str] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., tensors: _Optional[_Iterable[_Union[TensorPlacement, _Mapping]]] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., stages: _Optional[int] = ..., optimizer: _Optional[_Union[_run_pb2.Optimizer, _Mapping]] = ..., loss_form: _Optional[_Union[_graph_pb2.LossForm, str]] = ..., seed: _Optional[int] = ..., recompute: bool = ..., precision: _Optional[_Union[_tensors_pb2.DataType, str]] = ..., activation_codecs: _Optional[_Iterable[_Union[_tensors_pb2.Codec, str]]] = ..., bounds: _Optional[_Iterable[_Union[UntakenBound, _Mapping]]] = ..., checksums: bool = ..., takes_over: bool = ...) -> None: ...
 
 class PrepareReply(_message.Message):
-    __slots__ = ("state_bytes",)
+    __slots__ = ("state_bytes", "optimizer_state")
     STATE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OPTIMIZER_STATE_FIELD_NUMBER: _ClassVar[int]
     state_bytes: int
-    def __init__(self, state_bytes: _Optional[int] = ...) -> None: ...
+    optimizer_state: _containers.RepeatedCompositeFieldContainer[_run_pb2.OptimizerStateName]
+    def __init__(self, state_bytes: _Optional[int] = ..., optimizer_state: _Optional[_Iterable[_Union[_run_pb2.OptimizerStateName, _Mapping]]] = ...) -> None: ...
 
 class ExecuteRequest(_message.Message):
     __slots__ = ("run", "entry", "program")
@@ -332,6 +336,52 @@ class MeasureLinksReply(_message.Message):
     LINKS_FIELD_NUMBER: _ClassVar[int]
     links: _containers.RepeatedCompositeFieldContainer[LinkMeasurement]
     def __init__(self, links: _Optional[_Iterable[_Union[LinkMeasurement, _Mapping]]] = ...) -> None: ...
+
+class MeasureCostsRequest(_message.Message):
+    __slots__ = ("graph", "tensors", "ends", "rows", "precision", "seconds")
+    GRAPH_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    ENDS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    PRECISION_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    graph: _graph_pb2.Graph
+    tensors: _containers.RepeatedCompositeFieldContainer[_graph_pb2.TensorSpec]
+    ends: _containers.RepeatedScalarFieldContainer[int]
+    rows: _containers.RepeatedScalarFieldContainer[int]
+    precision: _tensors_pb2.DataType
+    seconds: float
+    def __init__(self, graph: _Optional[_Union[_graph_pb2.Graph, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_graph_pb2.TensorSpec, _Mapping]]] = ..., ends: _Optional[_Iterable[int]] = ..., rows: _Optional[_Iterable[int]] = ..., precision: _Optional[_Union[_tensors_pb2.DataType, str]] = ..., seconds: _Optional[float] = ...) -> None: ...
+
+class GroupCost(_message.Message):
+    __slots__ = ("forward_seconds", "input_gradient_seconds", "weight_gradient_seconds", "held_bytes", "failure")
+    FORWARD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    INPUT_GRADIENT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_GRADIENT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    HELD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    forward_seconds: float
+    input_gradient_seconds: float
+    weight_gradient_seconds: float
+    held_bytes: int
+    failure: str
+    def __init__(self, forward_seconds: _Optional[float] = ..., input_gradient_seconds: _Optional[float] = ..., weight_gradient_seconds: _Optional[float] = ..., held_bytes: _Optional[int] = ..., failure: _Optional[str] = ...) -> None: ...
+
+class RowsCost(_message.Message):
+    __slots__ = ("rows", "groups")
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    rows: int
+    groups: _containers.RepeatedCompositeFieldContainer[GroupCost]
+    def __init__(self, rows: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[GroupCost, _Mapping]]] = ...) -> None: ...
+
+class MeasureCostsReply(_message.Message):
+    __slots__ = ("measured", "seconds")
+    MEASURED_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    measured: _containers.RepeatedCompositeFieldContainer[RowsCost]
+    seconds: float
+    def __init__(self, measured: _Optional[_Iterable[_Union[RowsCost, _Mapping]]] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class ProbeRequest(_message.Message):
     __slots__ = ("payload", "reply_bytes")

@@ -27,7 +27,7 @@ if _version_not_supported:
 
 
 class StageServiceStub(object):
-    """Hosts one stage of one run at a time. Errors: FAILED_PRECONDITION for a run or generation that is not the
+    """Hosts the stages of one run at a time. Errors: FAILED_PRECONDITION for a run or generation that is not the
     prepared one, INVALID_ARGUMENT for malformed input, RESOURCE_EXHAUSTED above the server's limits; details carry
     google.rpc.ErrorInfo (see errors.py).
     """
@@ -88,10 +88,15 @@ class StageServiceStub(object):
                 request_serializer=gradwire__protocol_dot_v1_dot_stage__pb2.ProbeRequest.SerializeToString,
                 response_deserializer=gradwire__protocol_dot_v1_dot_stage__pb2.ProbeReply.FromString,
                 _registered_method=True)
+        self.MeasureCosts = channel.unary_unary(
+                '/gradwire_protocol.v1.StageService/MeasureCosts',
+                request_serializer=gradwire__protocol_dot_v1_dot_stage__pb2.MeasureCostsRequest.SerializeToString,
+                response_deserializer=gradwire__protocol_dot_v1_dot_stage__pb2.MeasureCostsReply.FromString,
+                _registered_method=True)
 
 
 class StageServiceServicer(object):
-    """Hosts one stage of one run at a time. Errors: FAILED_PRECONDITION for a run or generation that is not the
+    """Hosts the stages of one run at a time. Errors: FAILED_PRECONDITION for a run or generation that is not the
     prepared one, INVALID_ARGUMENT for malformed input, RESOURCE_EXHAUSTED above the server's limits; details carry
     google.rpc.ErrorInfo (see errors.py).
     """
@@ -171,6 +176,13 @@ class StageServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MeasureCosts(self, request, context):
+        """Runs a graph's nodes to take their time. FAILED_PRECONDITION while a run holds the server, or another measurement.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_StageServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -224,6 +236,11 @@ def add_StageServiceServicer_to_server(servicer, server):
                     request_deserializer=gradwire__protocol_dot_v1_dot_stage__pb2.ProbeRequest.FromString,
                     response_serializer=gradwire__protocol_dot_v1_dot_stage__pb2.ProbeReply.SerializeToString,
             ),
+            'MeasureCosts': grpc.unary_unary_rpc_method_handler(
+                    servicer.MeasureCosts,
+                    request_deserializer=gradwire__protocol_dot_v1_dot_stage__pb2.MeasureCostsRequest.FromString,
+                    response_serializer=gradwire__protocol_dot_v1_dot_stage__pb2.MeasureCostsReply.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'gradwire_protocol.v1.StageService', rpc_method_handlers)
@@ -233,7 +250,7 @@ def add_StageServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class StageService(object):
-    """Hosts one stage of one run at a time. Errors: FAILED_PRECONDITION for a run or generation that is not the
+    """Hosts the stages of one run at a time. Errors: FAILED_PRECONDITION for a run or generation that is not the
     prepared one, INVALID_ARGUMENT for malformed input, RESOURCE_EXHAUSTED above the server's limits; details carry
     google.rpc.ErrorInfo (see errors.py).
     """
@@ -498,6 +515,33 @@ class StageService(object):
             '/gradwire_protocol.v1.StageService/Probe',
             gradwire__protocol_dot_v1_dot_stage__pb2.ProbeRequest.SerializeToString,
             gradwire__protocol_dot_v1_dot_stage__pb2.ProbeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MeasureCosts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradwire_protocol.v1.StageService/MeasureCosts',
+            gradwire__protocol_dot_v1_dot_stage__pb2.MeasureCostsRequest.SerializeToString,
+            gradwire__protocol_dot_v1_dot_stage__pb2.MeasureCostsReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -42,6 +42,7 @@ class Direction(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DIRECTION_NORM: _ClassVar[Direction]
     DIRECTION_WEIGHT: _ClassVar[Direction]
     DIRECTION_RESULT: _ClassVar[Direction]
+    DIRECTION_MOVED: _ClassVar[Direction]
 DATA_TYPE_UNSPECIFIED: DataType
 DATA_TYPE_FLOAT64: DataType
 DATA_TYPE_FLOAT32: DataType
@@ -69,6 +70,7 @@ DIRECTION_TIED: Direction
 DIRECTION_NORM: Direction
 DIRECTION_WEIGHT: Direction
 DIRECTION_RESULT: Direction
+DIRECTION_MOVED: Direction
 
 class MessageKey(_message.Message):
     __slots__ = ("run", "generation", "entry", "micro_batch", "value", "direction", "source_stage", "state")

@@ -1,0 +1,293 @@
+"""A plan as it will be carried out, with what is expected of it: `trainer.plan`, `cluster.plan(...)`, `gradwire plan`.
+
+Values only, read from what the coordinator answers. Leaves to others: what a user asks for (`plan.py`), and showing it
+(`cli/plan.py`, `timeline_drawing.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gradwire.timeline_drawing import TimedAction
+from gradwire.units import shown_bytes, shown_seconds
+from gradwire_protocol.codecs import NAME_OF_CODEC
+from gradwire_protocol.program import action_from_proto
+from gradwire_protocol.v1 import coordinator_pb2 as pb
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedStage:
+    """One stage of the pipeline, and what it is expected to take.
+
+    server: position of its server. first_node, nodes: of the training graph. parameters: elements that it holds.
+    forward_seconds, …: of one micro-batch; the backward is in two parts under some schedules. boundary_bytes,
+    returned_bytes: values and gradients that leave it in one step, as encoded. codec: of what the next stage reads.
+    """
+
+    stage: int
+    server: int
+    first_node: int
+    nodes: int
+    first_module: str
+    last_module: str
+    parameters: int
+    estimated_seconds: float
+    forward_seconds: float
+    backward_seconds: float
+    input_gradient_seconds: float
+    weight_gradient_seconds: float
+    boundary_bytes: int
+    returned_bytes: int
+    codec: str
+    codec_reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedServer:
+    """A server of the plan, by position: what it does in a step, and what it holds at the peak, in bytes."""
+
+    position: int
+    server: str
+    device: str
+    # Of the device; 0: not known.
+    memory_bytes: int
+    stages: tuple[int, ...]
+    busy_seconds: float
+    reduce_seconds: float
+    update_seconds: float
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedLink:
+    """The link that a boundary goes over, from a stage to the next; `reason`: why it is assumed, where it is."""
+
+    stage: int
+    forward_bytes_per_second: float
+    backward_bytes_per_second: float
+    round_trip_seconds: float
+    measured: bool
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A schedule that was considered, with what a step of it is expected to take.
+
+    placement: the position of each stage's server. peak_bytes: by server. traffic_bytes: between servers in a step.
+    fits: whether every server has the memory. split_backwards: how many are in two parts.
+    """
+
+    schedule: str
+    extra_warm_up: int
+    virtual_stages: int
+    placement: tuple[int, ...]
+    seconds: float
+    bubble: float
+    peak_bytes: tuple[int, ...]
+    traffic_bytes: int
+    fits: bool
+    chosen: bool
+    split_backwards: int
+
+    @property
+    def name(self) -> str:
+        """The schedule; "1f1b+1" is one with a warm-up that is one micro-batch deeper than the textbook's."""
+        return schedule_name(self.schedule, self.extra_warm_up)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predicted:
+    """What a step is expected to take, by simulation.
+
+    bubble: share of it in which servers have nothing to do, on average. lower_bound_seconds: no order of the same
+    actions on the same servers is faster.
+    """
+
+    seconds: float
+    bubble: float
+    lower_bound_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class RunPlan:
+    """How a run is laid out, and what is expected of its steps. `print` shows it in a few lines.
+
+    cost_source: whether seconds come from profiles of the nodes ("measured") or from their shapes ("estimated").
+    partition_gap: by which share other cuts could make the busiest server faster at the most; 0: it is proven that none
+    do; None: the plan says where to cut.
+    candidates: the fastest first. timeline: every action of a step as expected; empty where it would be too large.
+    """
+
+    schedule: str
+    extra_warm_up: int
+    micro_batches: int
+    theoretical_bubble_ratio: float
+    stages: tuple[PlannedStage, ...]
+    servers: tuple[PlannedServer, ...]
+    links: tuple[PlannedLink, ...]
+    predicted: Predicted
+    candidates: tuple[Candidate, ...]
+    reason: str
+    cost_source: str
+    partition_gap: float | None
+    timeline: tuple[TimedAction, ...]
+
+    @classmethod
+    def from_proto(cls, summary: pb.PlanSummary, timeline: Sequence[pb.ServerTimeline] = ()) -> RunPlan:
+        """Return what a coordinator's answer says."""
+        prediction = summary.prediction
+        server_of = {stage: place for place, server in enumerate(prediction.servers) for stage in server.stages}
+        return cls(
+            schedule=summary.schedule,
+            extra_warm_up=summary.extra_warm_up,
+            micro_batches=summary.micro_batches,
+            theoretical_bubble_ratio=summary.theoretical_bubble_ratio,
+            stages=tuple(_stage(stage, server_of.get(stage.stage, stage.stage)) for stage in summary.stages),
+            servers=tuple(_server(position, server) for position, server in enumerate(prediction.servers)),
+            links=tuple(_link(link) for link in prediction.links),
+            predicted=Predicted(
+                seconds=prediction.seconds,
+                bubble=prediction.bubble_ratio,
+                lower_bound_seconds=prediction.lower_bound_seconds,
+            ),
+            candidates=tuple(_candidate(candidate) for candidate in prediction.candidates),
+            reason=prediction.reason,
+            cost_source=prediction.cost_source,
+            partition_gap=prediction.partition_gap if prediction.HasField("partition_gap") else None,
+            timeline=tuple(
+                TimedAction(server, action_from_proto(timed.action), timed.start_seconds, timed.end_seconds)
+                for server, row in enumerate(timeline)
+                for timed in row.actions
+            ),
+        )
+
+    @property
+    def name(self) -> str:
+        """The schedule; "1f1b+1" is one with a warm-up that is one micro-batch deeper than the textbook's."""
+        return schedule_name(self.schedule, self.extra_warm_up)
+
+    @property
+    def virtual_stages(self) -> int:
+        """Stages on each server."""
+        return len(self.stages) // max(1, len(self.servers))
+
+    def to_record(self) -> dict[str, Any]:
+        """Return everything for JSON; an action of the timeline is [server, action, start, end]."""
+        record = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for part in ("stages", "servers", "links", "candidates"):
+            record[part] = [dataclasses.asdict(item) for item in record[part]]
+        record["predicted"] = dataclasses.asdict(self.predicted)
+        record["timeline"] = [[item.server, str(item.action), item.start, item.end] for item in self.timeline]
+        return record
+
+    def __repr__(self) -> str:
+        return f"<RunPlan: {self._headline()}>"
+
+    def __str__(self) -> str:
+        lines = [self._headline()]
+        for stage in self.stages:
+            first, last = module_names(self, stage)
+            lines.append(
+                f"  stage {stage.stage} on server {stage.server}: {first} … {last}, {stage.nodes} nodes, "
+                f"{stage.parameters:,} parameters; F {shown_seconds(stage.forward_seconds)}, "
+                f"B {shown_seconds(stage.backward_seconds)} a micro-batch"
+                + (f"; sends {shown_bytes(stage.boundary_bytes)} a step" if stage.boundary_bytes else "")
+            )
+        if self.reason:
+            lines.append(f"  why: {self.reason}; costs are {self.cost_source}")
+        return "\n".join(lines)
+
+    def _headline(self) -> str:
+        servers = len(self.servers) or len(self.stages)
+        return (
+            f"{self.name}, {len(self.stages)} stages on {servers} servers, {self.micro_batches} micro-batches, a step "
+            f"of {shown_seconds(self.predicted.seconds)} with a bubble of {self.predicted.bubble:.1%} expected"
+        )
+
+
+def schedule_name(schedule: str, extra_warm_up: int) -> str:
+    return f"{schedule}+{extra_warm_up}" if extra_warm_up else schedule
+
+
+def module_names(plan: RunPlan, stage: PlannedStage) -> tuple[str, str]:
+    """Return what a stage begins and ends in: nodes of the model's own forward, or of the loss, have no module."""
+    first = stage.first_module or ("the model's inputs" if stage.stage == 0 else "the model")
+    last = stage.last_module or ("the loss" if stage.stage == len(plan.stages) - 1 else "the model")
+    return first, last
+
+
+def _stage(stage: pb.StageSummary, server: int) -> PlannedStage:
+    return PlannedStage(
+        stage=stage.stage,
+        server=server,
+        first_node=stage.first_node,
+        nodes=stage.nodes,
+        first_module=stage.first_module,
+        last_module=stage.last_module,
+        parameters=stage.parameters,
+        estimated_seconds=stage.estimated_seconds,
+        forward_seconds=stage.forward_seconds,
+        backward_seconds=stage.backward_seconds,
+        input_gradient_seconds=stage.input_gradient_seconds,
+        weight_gradient_seconds=stage.weight_gradient_seconds,
+        boundary_bytes=stage.boundary_bytes,
+        returned_bytes=stage.returned_bytes,
+        codec=NAME_OF_CODEC.get(stage.codec, "none"),
+        codec_reason=stage.codec_reason,
+    )
+
+
+def _server(position: int, server: pb.ServerPrediction) -> PlannedServer:
+    threads = server.device.threads
+    return PlannedServer(
+        position=position,
+        server=server.server,
+        device=f"{server.device.kind}, {threads} thread{'s' * (threads != 1)}" if threads else server.device.kind,
+        memory_bytes=server.device.memory_bytes,
+        stages=tuple(server.stages),
+        busy_seconds=server.busy_seconds,
+        reduce_seconds=server.reduce_seconds,
+        update_seconds=server.update_seconds,
+        weight_bytes=server.weight_bytes,
+        gradient_bytes=server.gradient_bytes,
+        optimizer_bytes=server.optimizer_bytes,
+        activation_bytes=server.activation_bytes,
+    )
+
+
+def _link(link: pb.LinkPrediction) -> PlannedLink:
+    return PlannedLink(
+        stage=link.stage,
+        forward_bytes_per_second=link.forward_bytes_per_second,
+        backward_bytes_per_second=link.backward_bytes_per_second,
+        round_trip_seconds=link.round_trip_seconds,
+        measured=link.measured,
+        reason=link.reason,
+    )
+
+
+def _candidate(candidate: pb.PlanCandidate) -> Candidate:
+    return Candidate(
+        schedule=candidate.schedule,
+        extra_warm_up=candidate.extra_warm_up,
+        virtual_stages=candidate.virtual_stages,
+        placement=tuple(candidate.placement),
+        seconds=candidate.seconds,
+        bubble=candidate.bubble_ratio,
+        peak_bytes=tuple(candidate.peak_bytes),
+        traffic_bytes=candidate.traffic_bytes,
+        fits=candidate.fits,
+        chosen=candidate.chosen,
+        split_backwards=candidate.split_backwards,
+    )

@@ -1,0 +1,108 @@
+"""Plans a run: from a checked model, a plan and servers to the cut and the schedule that are carried out, with reasons.
+
+First what must be measured on the servers, while they are reserved; then, purely, the ways that the plan allows and a
+choice among them. Leaves to others: each of these parts (`cost_book.py`, `link_rates.py`, `ways.py`, `candidates.py`),
+and what servers and the client must know of it (`layout.py`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gradwire_coordinator.boundaries import Links, needs_links
+from gradwire_coordinator.candidates import AUTO, Choice, choose
+from gradwire_coordinator.cost_book import LEAST_SECONDS, CostBook
+from gradwire_coordinator.costs import ESTIMATED, MEASURED, DeviceMake, NodeCosts, device_rates
+from gradwire_coordinator.link_rates import LinkBook
+from gradwire_coordinator.model_checks import IndexedModel
+from gradwire_coordinator.placement import neighbours
+from gradwire_coordinator.prediction import predict, timeline
+from gradwire_coordinator.programs import ChosenSchedule
+from gradwire_coordinator.registry import Server
+from gradwire_coordinator.ways import CutModel, Servers, allowed_placements, possible_ways
+from gradwire_protocol.v1 import coordinator_pb2, run_pb2
+
+# Unlike servers of which every pair is measured: with more it takes too long, and the order as given is tried.
+_MOST_PAIRED = 8
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PlannedRun:
+    """What is carried out."""
+
+    # By position.
+    servers: Sequence[Server]
+    cut: CutModel
+    schedule: ChosenSchedule
+    prediction: coordinator_pb2.Prediction
+    timeline: list[coordinator_pb2.ServerTimeline]
+
+
+class Planner:
+    """Measures with the help of two books, which remember what they were told. Thread-safe."""
+
+    def __init__(self, links: LinkBook, costs: CostBook) -> None:
+        self._links = links
+        self._costs = costs
+
+    def measure(self, plan: run_pb2.Plan, indexed: IndexedModel, servers: Sequence[Server]) -> Servers:
+        """Return what is known of servers, which must be free for this run, after measuring what it depends on.
+
+        Links are left out where a step is over so soon that they do not matter, unless the plan needs them.
+        """
+        costs = self._costs.of(indexed, plan, servers)
+        shortest = min(float(each.seconds().sum()) for each in costs)
+        matters = plan.stages > 1 and (_source(costs) == MEASURED or shortest >= LEAST_SECONDS)
+        devices = [server.device for server in servers]
+        return Servers(
+            rates=device_rates(devices),
+            memory_bytes=[device.memory_bytes for device in devices],
+            costs=costs,
+            links=self._measure_links(plan, servers) if matters or needs_links(plan) else {},
+        )
+
+    def _measure_links(self, plan: run_pb2.Plan, servers: Sequence[Server]) -> Links:
+        """Return how fast the links are that neighbouring stages may use: all, where the order is to be found."""
+        unlike = len({DeviceMake.of(server.device) for server in servers}) > 1
+        if unlike and not plan.cuts and len(servers) <= _MOST_PAIRED:
+            ends = list(itertools.combinations(range(len(servers)), 2))
+        else:
+            ends = neighbours(allowed_placements(plan))
+        rates = self._links.rates([(servers[first].address, servers[second].address) for first, second in ends])
+        return dict(zip(ends, rates, strict=True))
+
+
+def plan_run(
+    request: coordinator_pb2.CreateRunRequest, indexed: IndexedModel, servers: Sequence[Server], known: Servers
+) -> PlannedRun:
+    """Return the cut and the schedule for these servers, of which this is known; PlanError, ModelError."""
+    plan = request.plan
+    ways = possible_ways(plan, request.optimizer, indexed, known)
+    # A batch may have fewer rows than the plan has micro-batches.
+    micro_batches = min(plan.micro_batches, plan.expected_rows)
+    choice = choose(plan.schedule, [each.way for each in ways], micro_batches)
+    cut = next(each for each in ways if each.way is choice.chosen.way)
+    chosen = [servers[device] for device in cut.devices]
+    return PlannedRun(
+        servers=chosen,
+        cut=cut,
+        schedule=_schedule(choice),
+        prediction=predict(choice, chosen, cut.state, cut.servers.links, micro_batches, _source(known.costs), cut.gap),
+        timeline=timeline(choice.chosen.candidate.simulation),
+    )
+
+
+def _schedule(choice: Choice) -> ChosenSchedule:
+    chosen = choice.chosen
+    return ChosenSchedule(
+        chosen.schedule,
+        chosen.way.placement,
+        extra_warm_up=chosen.extra_warm_up,
+        made=chosen.candidate.programs if chosen.schedule == AUTO else None,
+    )
+
+
+def _source(costs: Sequence[NodeCosts]) -> str:
+    return MEASURED if all(each.source == MEASURED for each in costs) else ESTIMATED

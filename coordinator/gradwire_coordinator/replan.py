@@ -1,0 +1,192 @@
+"""Plans a run anew from what its steps have taken, and says which of its state then moves.
+
+Pure. A server that takes longer for its work than predicted is taken to be slower by that factor in all that it could
+do: forwards and backwards apart. Servers keep their places in the pipeline, so that only what is near a cut moves.
+
+Leaves to others: collecting the measurements and carrying the new plan out (`replanner.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import NamedTuple
+
+from gradwire_coordinator.costs import MEASURED, NodeCosts
+from gradwire_coordinator.layout import Layout
+from gradwire_coordinator.model_checks import IndexedModel
+from gradwire_coordinator.planner import PlannedRun, plan_run
+from gradwire_coordinator.ways import Servers
+from gradwire_protocol.errors import PlanError
+from gradwire_protocol.program import BACKWARD, FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
+from gradwire_protocol.v1 import coordinator_pb2 as pb
+from gradwire_protocol.v1 import run_pb2, stage_pb2
+
+# The newest steps that count.
+_MOST_STEPS = 50
+_FORWARD, _BACKWARD = ("forward",), ("backward", "weight")
+
+
+class Work(NamedTuple):
+    """Seconds that a server computes in a step: forwards, and backwards with the gradients of weights."""
+
+    forward: float
+    backward: float
+
+
+@dataclass(eq=False)
+class Basis:
+    """What a run is planned from, and what the steps of its present layout have taken: by position, for each step."""
+
+    request: pb.CreateRunRequest
+    indexed: IndexedModel
+    planned: PlannedRun
+    layout: Layout
+    steps: deque[list[Work]] = field(default_factory=lambda: deque(maxlen=_MOST_STEPS))
+    warm: bool = False
+
+    def take(self, step: run_pb2.TrainStep, result: run_pb2.EntryResult) -> None:
+        """Take in a finished step, as if it had had the expected rows. The first one warms up, and does not count."""
+        if not self.warm:
+            self.warm = True
+            return
+        share = self.request.plan.expected_rows / sum(part.rows for part in step.micro_batches)
+        busy = [result.timings[server.server].busy_seconds for server in self.planned.servers]
+        self.steps.append(
+            [
+                Work(*(share * sum(own.get(phase, 0.0) for phase in phases) for phases in (_FORWARD, _BACKWARD)))
+                for own in busy
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class NewLayout:
+    """The best plan by what steps have taken, beside the one that they were taken with; seconds are of a step."""
+
+    planned: PlannedRun
+    seconds_before: float
+    seconds_after: float
+    differs: bool
+
+    def pays(self, minimum_gain: float) -> bool:
+        """Whether it is another layout, and saves at least such a share of a step."""
+        return self.differs and self.seconds_after <= self.seconds_before * (1.0 - minimum_gain)
+
+
+def plan_anew(basis: Basis) -> NewLayout:
+    """Return the best layout on the same servers, with cuts where they are best. PlanError if nothing was measured."""
+    if not basis.steps:
+        raise PlanError(
+            "No training step of this layout was measured, so there is nothing to plan anew from",
+            expected="two training steps at least: the first one warms up, and does not count",
+            remedy="train some steps first",
+        )
+    planned, known = basis.planned, _as_measured(basis)
+    present = _changed(basis.request, planned.cut.way.cuts, planned.schedule.name)
+    # The user's own cuts do not hold any more; the kind of schedule does.
+    free = _changed(basis.request, (), basis.request.plan.schedule)
+    before = plan_run(present, basis.indexed, planned.servers, known)
+    after = plan_run(free, basis.indexed, planned.servers, known)
+    return NewLayout(
+        planned=after,
+        seconds_before=before.prediction.seconds,
+        seconds_after=after.prediction.seconds,
+        differs=_identity(after) != _identity(planned),
+    )
+
+
+def new_plan(
+    planned: PlannedRun, before: Layout, after: Layout, replies: Sequence[stage_pb2.PrepareReply]
+) -> run_pb2.NewPlan:
+    """Return the entry that moves the state. replies: of the servers, in the order of `after`."""
+    held = {server.server: frozenset(server.tensors) for server in before.for_client}
+    states: dict[tuple[str, str], list[str]] = {}
+    for server, reply in zip(after.servers, replies, strict=True):
+        for item in reply.optimizer_state:
+            states.setdefault((server.server, item.parameter), []).append(item.state)
+    moves = []
+    for to in after.for_client:
+        for tensor in to.tensors:
+            if tensor in held[to.server]:
+                continue
+            source = next(server.server for server in before.for_client if tensor in held[server.server])
+            moves.append(
+                run_pb2.Move(
+                    tensor=tensor,
+                    from_server=source,
+                    to_server=to.server,
+                    states=states.get((source, tensor), ()),
+                )
+            )
+    return run_pb2.NewPlan(
+        servers=[server.server for server in after.servers],
+        cuts=planned.cut.way.cuts,
+        placement=planned.schedule.placement,
+        schedule=planned.schedule.name,
+        extra_warm_up=planned.schedule.extra_warm_up,
+        moves=moves,
+    )
+
+
+def _identity(planned: PlannedRun) -> tuple[object, ...]:
+    """What makes state move if it changes."""
+    return planned.cut.way.cuts, planned.schedule.placement
+
+
+def _changed(request: pb.CreateRunRequest, cuts: Sequence[int], schedule: str) -> pb.CreateRunRequest:
+    changed = pb.CreateRunRequest()
+    changed.CopyFrom(request)
+    changed.plan.cuts[:] = cuts
+    changed.plan.schedule = schedule
+    return changed
+
+
+def _as_measured(basis: Basis) -> Servers:
+    """Return what is known of the servers, with their costs multiplied by how much longer their steps took."""
+    steps = list(basis.steps)
+    costs = []
+    for position, (predicted, known) in enumerate(zip(_predicted(basis), basis.planned.cut.servers.costs, strict=True)):
+        measured = Work(*(median(step[position][part] for step in steps) for part in range(len(Work._fields))))
+        if basis.request.plan.recompute:
+            # Forwards that are run again count as forward where measured, and as backward where predicted.
+            factors = Work(*[_factor(sum(measured), sum(predicted))] * 2)
+        else:
+            factors = Work(*(_factor(*pair) for pair in zip(measured, predicted, strict=True)))
+        costs.append(_scaled(known, factors))
+    return dataclasses.replace(basis.planned.cut.servers, costs=costs, order_is_fixed=True)
+
+
+def _predicted(basis: Basis) -> list[Work]:
+    """Return what a step was to take each server, without transfers."""
+    plan, cut = basis.request.plan, basis.planned.cut
+    found = []
+    for program in basis.planned.schedule.programs(min(plan.micro_batches, plan.expected_rows)):
+        counts = Counter((action.stage, action.kind) for action in program)
+        forward = backward = 0.0
+        for (stage, kind), count in counts.items():
+            if kind == FORWARD:
+                forward += count * cut.seconds[stage].forward
+            elif kind == BACKWARD:
+                backward += count * cut.seconds[stage].backward
+            elif kind in (INPUT_GRADIENT, WEIGHT_GRADIENT):
+                backward += count * cut.seconds[stage].of[kind]
+        found.append(Work(forward, backward))
+    return found
+
+
+def _factor(measured: float, predicted: float) -> float:
+    return measured / predicted if measured > 0 and predicted > 0 else 1.0
+
+
+def _scaled(costs: NodeCosts, factors: Work) -> NodeCosts:
+    return dataclasses.replace(
+        costs,
+        forward=costs.forward * factors.forward,
+        input_gradient=costs.input_gradient * factors.backward,
+        weight_gradient=costs.weight_gradient * factors.backward,
+        source=MEASURED,
+    )

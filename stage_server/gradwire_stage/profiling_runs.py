@@ -1,0 +1,127 @@
+"""Runs a group of nodes as the executor would: what forward, I and W take, and what is kept between them.
+
+Leaves to others: which groups there are, and on what values (`profiling.py`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gradwire_protocol.v1 import stage_pb2
+from gradwire_stage.profiling_held import Kept, SavedStorages, kept_of
+from gradwire_stage.segment import BuiltSegment, Value
+from gradwire_stage.timeline import Clock
+
+# The fastest run counts: whatever else a machine does can only slow one down. It is trusted when others agree with it:
+# so many runs are within this of it.
+_AGREEING_RUNS = 4
+_AGREEMENT = 1.05
+_MOST_RUNS = 50
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a group takes, in seconds; what it gave; and what it keeps."""
+
+    forward: float
+    input_gradient: float
+    weight_gradient: float
+    kept: Kept
+    outgoing: tuple[Value, ...]
+
+
+class GroupRunner:
+    """Runs groups on a device, with one precision. For the thread that may compute there."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        clock: Clock[Any],
+        precision: torch.dtype | None,
+        operators: Mapping[str, Callable[..., Any]],
+    ) -> None:
+        self._device = device
+        self._clock = clock
+        self._precision = precision
+        self._operators = operators
+        self._overhead = (0.0, 0.0, 0.0)
+        self._overhead = self._measure_overhead()
+
+    def run(
+        self,
+        segment: stage_pb2.Segment,
+        tensors: dict[str, torch.Tensor],
+        incoming: Sequence[Value],
+        *,
+        until: float,
+    ) -> Measured:
+        """Run a group on these values, until this time (time.perf_counter), but once in any case."""
+        built = BuiltSegment(segment, tensors, self._device, 0, self._precision, self._operators)
+        values = {item.value: value for item, value in zip(segment.incoming, incoming, strict=True)}
+        relayed = {
+            item.value: torch.ones_like(value)
+            for item in segment.incoming
+            if item.HasField("gradient_from_stage")
+            and isinstance(value := values[item.value], torch.Tensor)
+            and value.requires_grad
+        }
+        clock = self._clock
+        saved = SavedStorages()
+        first = clock.mark()
+        with saved.recording():
+            made = built.forward(values, step=0, micro_batch=0, record=True)
+        outgoing = tuple(made.outgoing.values())
+        kept = kept_of(saved, incoming, outgoing, tensors.values())
+        gradients = {
+            name: torch.ones_like(value)
+            for name, value in made.outgoing.items()
+            if isinstance(value, torch.Tensor) and value.requires_grad
+        }
+        given = tuple(_passed_on(value) for value in outgoing)
+        del outgoing
+        runs = []
+        marks = [first, clock.mark()]
+        while True:
+            made.backward_input(gradients, relayed, None)
+            marks.append(clock.mark())
+            made.backward_weight()
+            marks.append(clock.mark())
+            runs.append(clock.elapsed(marks))
+            if time.perf_counter() >= until or _is_settled(runs[1:]):
+                break
+            marks = [clock.mark()]
+            made = built.forward(values, step=0, micro_batch=0, record=True)
+            marks.append(clock.mark())
+        # The first touches new memory, and chooses kernels.
+        fastest = [min(times) * 1e-9 for times in zip(*(runs[1:] or runs), strict=True)]
+        forward, input_gradient, weight_gradient = (
+            max(0.0, seconds - overhead) for seconds, overhead in zip(fastest, self._overhead, strict=True)
+        )
+        return Measured(forward, input_gradient, weight_gradient, kept, given)
+
+    def _measure_overhead(self) -> tuple[float, float, float]:
+        """Return what it takes to run a group that does nothing: whole stages have that once, not once a group."""
+        segment = stage_pb2.Segment(
+            incoming=[stage_pb2.IncomingValue(value="i0")], outgoing=[stage_pb2.OutgoingValue(value="n0")]
+        )
+        segment.nodes.add(name="n0", target="aten.alias.default").arguments.add(value="i0")
+        value = torch.ones(1, device=self._device, requires_grad=True)
+        found = self.run(segment, {}, [value], until=time.perf_counter() + 0.02)
+        return found.forward, found.input_gradient, found.weight_gradient
+
+
+def _is_settled(runs: Sequence[Sequence[int]]) -> bool:
+    totals = sorted(map(sum, runs))
+    if len(totals) < _AGREEING_RUNS:
+        return False
+    return totals[_AGREEING_RUNS - 1] <= _AGREEMENT * totals[0] or len(totals) >= _MOST_RUNS
+
+
+def _passed_on(value: Value) -> Value:
+    """Return a value as the next group gets it from another stage."""
+    return value.detach().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value

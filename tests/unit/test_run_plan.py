@@ -1,0 +1,59 @@
+"""A plan as the SDK has it: what the coordinator said, in values, in a few lines, and as JSON."""
+
+from __future__ import annotations
+
+import json
+
+from plan_samples import MIB, summary, timeline
+
+from gradwire.run_plan import RunPlan
+from gradwire.timeline_drawing import TimedAction
+from gradwire_protocol.program import Action
+from gradwire_protocol.v1 import coordinator_pb2 as pb
+
+PLAN = RunPlan.from_proto(summary(), timeline())
+
+
+def test_everything_is_a_value() -> None:
+    assert PLAN.name == "auto"
+    assert PLAN.virtual_stages == 1
+    assert [stage.server for stage in PLAN.stages] == [0, 1]
+    assert (PLAN.stages[0].codec, PLAN.stages[0].boundary_bytes, PLAN.stages[1].returned_bytes) == ("bf16", MIB, MIB)
+    assert [server.device for server in PLAN.servers] == ["cpu, 1 thread", "cpu, 2 threads"]
+    assert PLAN.servers[0].peak_bytes == 21 * MIB
+    assert PLAN.predicted.seconds == 0.18
+    assert [candidate.name for candidate in PLAN.candidates] == ["auto", "1f1b+1"]
+    assert [candidate.fits for candidate in PLAN.candidates] == [True, False]
+    assert PLAN.links[0].measured
+    assert PLAN.timeline[0] == TimedAction(0, Action(0, "F", 0), 0.0, 0.02)
+    assert len(PLAN.timeline) == 9
+    assert RunPlan.from_proto(summary(), timeline()) == PLAN
+
+
+def test_a_few_lines_tell_it() -> None:
+    assert str(PLAN).splitlines() == [
+        "auto, 2 stages on 2 servers, 2 micro-batches, a step of 180 ms with a bubble of 30.0% expected",
+        "  stage 0 on server 0: the model's inputs … blocks.1, 40 nodes, 1,234,567 parameters; F 20.0 ms, B 40.0 ms a "
+        "micro-batch; sends 1.00 MiB a step",
+        "  stage 1 on server 1: blocks.2 … the loss, 30 nodes, 1,000 parameters; F 20.0 ms, B 40.0 ms a micro-batch",
+        "  why: an order made for these costs takes 180 ms; costs are measured",
+    ]
+    assert repr(PLAN) == f"<RunPlan: {str(PLAN).splitlines()[0]}>"
+
+
+def test_json_has_it_all() -> None:
+    record = json.loads(json.dumps(PLAN.to_record()))
+    assert record["schedule"] == "auto"
+    assert record["predicted"] == {"seconds": 0.18, "bubble": 0.3, "lower_bound_seconds": 0.18}
+    assert record["stages"][0]["parameters"] == 1_234_567
+    assert record["servers"][1]["memory_bytes"] == 2**30
+    assert record["candidates"][1]["schedule"] == "1f1b"
+    assert record["timeline"][0] == [0, "0F0", 0.0, 0.02]
+    assert set(record) >= {"links", "reason", "cost_source", "micro_batches", "theoretical_bubble_ratio"}
+
+
+def test_a_plan_without_predictions_is_one_too() -> None:
+    """A coordinator's status may have it of a run that an older one made."""
+    plan = RunPlan.from_proto(pb.PlanSummary(schedule="1f1b", extra_warm_up=1, stages=[pb.StageSummary(stage=0)]))
+    assert plan.name == "1f1b+1"
+    assert str(plan).startswith("1f1b+1, 1 stages on 1 servers")
