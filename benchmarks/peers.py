@@ -84,11 +84,11 @@ class Peer:
         """Run steps in all processes and return the seconds that the slowest took."""
         return max(map(float, self.ask(steps)))
 
-    def ask(self, steps: int) -> list[str]:
-        """Run steps in all processes and return their answers, by rank."""
+    def ask(self, order: int | str) -> list[str]:
+        """Give all processes an order, such as a number of steps, and return their answers, by rank."""
         for process in self._processes:
             assert process.stdin is not None
-            process.stdin.write(f"{steps}\n")
+            process.stdin.write(f"{order}\n")
             process.stdin.flush()
         answers = []
         for process in self._processes:

@@ -61,15 +61,21 @@ def machine() -> dict[str, Any]:
     }
 
 
+def _shown(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,.3f}" if isinstance(value, float) else str(value)
+
+
 def finish(title: str, rows: Sequence[dict[str, Any]], claims: Sequence[Claim], arguments: argparse.Namespace) -> None:
     """Print the rows and claims, write the JSON file, and exit with 1 where asked to check and a claim falls short."""
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 140)
     where = machine()
     table = Table(title=title, caption=", ".join(f"{key} {value}" for key, value in where.items()))
     for name in rows[0]:
         table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
     for row in rows:
-        table.add_row(*(f"{value:,.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+        table.add_row(*map(_shown, row.values()))
     console.print(table)
     verdicts = Table(title="claims")
     for name in ("claim", "value", "bar", "holds"):

@@ -32,7 +32,7 @@ _forward_besides, _backward_besides = map(float, os.environ.get(BESIDES, "0,0").
 _prepared = threading.local()
 
 
-def _sleep(seconds: float) -> None:
+def exactly(seconds: float) -> None:
     """Sleep as exactly as the system can: Linux lets a thread oversleep by 50 µs, 1 % of a forward, unless told."""
     if not getattr(_prepared, "done", False):
         if sys.platform == "linux":
@@ -44,7 +44,7 @@ def _sleep(seconds: float) -> None:
 @torch.library.custom_op("gradwire_benchmark::nap", mutates_args=())
 def nap(x: torch.Tensor) -> torch.Tensor:
     """Its argument, 5 ms later."""
-    _sleep(FORWARD_SECONDS - _forward_besides)
+    exactly(FORWARD_SECONDS - _forward_besides)
     return x.clone()
 
 
@@ -55,7 +55,7 @@ def _(x: torch.Tensor) -> torch.Tensor:
 
 def _nap_backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
     """The gradient, 10 ms later."""
-    _sleep(BACKWARD_SECONDS - _backward_besides)
+    exactly(BACKWARD_SECONDS - _backward_besides)
     return gradient.clone()
 
 
