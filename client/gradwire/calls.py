@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -21,41 +23,42 @@ def coordinator_stub(channel: Any) -> Any:
     return coordinator_pb2_grpc.CoordinatorServiceStub(channel)  # type: ignore[no-untyped-call]
 
 
-def create_run(channel: Any, target: str, request: coordinator_pb2.CreateRunRequest) -> coordinator_pb2.CreateRunReply:
-    """Have a run laid out and prepared; raises the coordinator's typed error. target: how errors name it."""
+@contextmanager
+def _typed(target: str) -> Iterator[None]:
+    """Raise the coordinator's typed error in place of gRPC's. target: how errors name it."""
     try:
-        layout: coordinator_pb2.CreateRunReply = coordinator_stub(channel).CreateRun(request, timeout=_CREATE_SECONDS)
+        yield
     except grpc.RpcError as error:
         raise from_rpc_error(error, target=target) from None
+
+
+def create_run(channel: Any, target: str, request: coordinator_pb2.CreateRunRequest) -> coordinator_pb2.CreateRunReply:
+    """Have a run laid out and prepared; raises the coordinator's typed error. target: how errors name it."""
+    with _typed(target):
+        layout: coordinator_pb2.CreateRunReply = coordinator_stub(channel).CreateRun(request, timeout=_CREATE_SECONDS)
     return layout
 
 
 def plan_run(channel: Any, target: str, request: coordinator_pb2.CreateRunRequest) -> coordinator_pb2.PlanReply:
     """Ask what `create_run` would lay out, and what a step of it is expected to take; raises as that does."""
-    try:
+    with _typed(target):
         reply: coordinator_pb2.PlanReply = coordinator_stub(channel).Plan(request, timeout=_CREATE_SECONDS)
-    except grpc.RpcError as error:
-        raise from_rpc_error(error, target=target) from None
     return reply
 
 
 def replan_run(channel: Any, target: str, request: coordinator_pb2.ReplanRequest) -> coordinator_pb2.ReplanReply:
     """Have a run planned anew, and another layout prepared if that pays; raises why it cannot be, or the run's end."""
-    try:
+    with _typed(target):
         reply: coordinator_pb2.ReplanReply = coordinator_stub(channel).Replan(request, timeout=_CREATE_SECONDS)
-    except grpc.RpcError as error:
-        raise from_rpc_error(error, target=target) from None
     return reply
 
 
 def begin_save(channel: Any, target: str, request: coordinator_pb2.BeginSaveRequest) -> coordinator_pb2.BeginSaveReply:
     """Announce a checkpoint that servers will write; raises why it cannot be written."""
-    try:
+    with _typed(target):
         reply: coordinator_pb2.BeginSaveReply = coordinator_stub(channel).BeginSave(
             request, timeout=_BEGIN_SAVE_SECONDS
         )
-    except grpc.RpcError as error:
-        raise from_rpc_error(error, target=target) from None
     return reply
 
 
@@ -63,10 +66,8 @@ def inspect_checkpoint(
     channel: Any, target: str, request: coordinator_pb2.InspectCheckpointRequest
 ) -> coordinator_pb2.InspectCheckpointReply:
     """Have a checkpoint below the coordinator's root checked; raises what is wrong with it."""
-    try:
+    with _typed(target):
         reply: coordinator_pb2.InspectCheckpointReply = coordinator_stub(channel).InspectCheckpoint(
             request, timeout=_INSPECT_SECONDS
         )
-    except grpc.RpcError as error:
-        raise from_rpc_error(error, target=target) from None
     return reply
