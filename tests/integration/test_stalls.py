@@ -341,7 +341,7 @@ def test_interrupting_a_client_in_the_middle_of_a_step_frees_the_servers_at_once
     code = CLIENT
     for old, new in (
         ("trainer.step(*batch).step", "'stepping', trainer.step(*batch)"),
-        ("torch.nn.Linear(8, 4)", "Slow(60)"),
+        ("torch.nn.Linear(8, 4)", "Slow(30)"),
         ("stall_seconds=2.0", "stall_seconds=60"),
     ):
         code = code.replace(old, new)
@@ -353,7 +353,7 @@ def test_interrupting_a_client_in_the_middle_of_a_step_frees_the_servers_at_once
             time.sleep(0.2)
             began = time.monotonic()
             client.send_signal(signal.SIGINT)
-            # The nap in progress ends first.
+            # The naps of the action in progress, three seconds of them, end first.
             wait_until(lambda: not any(service.activity().run for service in services), 20)
             freed = time.monotonic() - began
             client.wait(10)

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import gradwire
 from gradwire_protocol.errors import DataError, ModelError, SettingsError
+from gradwire_protocol.optimizer_state import tensor_bytes
 from gradwire_protocol.safetensors_format import StoredTensor
-from gradwire_stage.checks import tensor_bytes
 
 WIDTH = 8
 PLAN = gradwire.Plan(stages=2, microbatches=2)
