@@ -23,7 +23,7 @@ from gradwire.job.gpt import next_byte_loss
 from peers import BATCH, LEARNING_RATE, MICRO_BATCHES, PEERS, TOKENS_A_STEP, Peer, make_batch, make_model
 from report import Claim, add_arguments, finish
 
-OURS = "gradwire, 2 stage servers, 1F1B"
+OURS = "gradwire, 2 stage servers"
 STEPS_A_ROUND = 3
 
 FIRST_STEP = """

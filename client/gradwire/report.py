@@ -22,6 +22,8 @@ from gradwire_protocol.errors import SettingsError
 from gradwire_protocol.program import INPUT_GRADIENT
 
 _COMPUTING = ("forward", "backward", "weight", "update")
+# Of a step: below it no ratio is shown.
+_LEAST_SHARE = 0.01
 _HEAD = ("server", "stages", "forward", "backward", "update", "other work", "waits", "waits most for")
 
 
@@ -72,7 +74,9 @@ class Report:
         unit = seconds_unit(seconds)
 
         def cell(pair: Compared) -> str:
-            ratio = "" if pair.ratio is None else f" ({pair.ratio:.2f}×)"
+            # The ratio of what is next to nothing says nothing.
+            matters = max(pair.predicted, pair.measured) >= _LEAST_SHARE * self.seconds.measured
+            ratio = f" ({pair.ratio:.2f}×)" if pair.ratio is not None and matters else ""
             return f"{unit.show(pair.predicted)} → {unit.show(pair.measured)}{ratio}"
 
         rows = [_HEAD]
