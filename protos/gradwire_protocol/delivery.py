@@ -243,7 +243,10 @@ class FrameSender:
         """Connect, and write what is queued; without a socket, the rest is the call's."""
         connection = connect()
         if connection is None:
-            self._open_call()
+            if self._failure is None:
+                self._open_call()
+            else:  # it was cut off meanwhile: nothing of it may be sent
+                self._ended.set()
             return
         local = SendingEnd(connection)
         self._start("receipts", lambda: self._read_local_receipts(local))

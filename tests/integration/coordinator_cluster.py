@@ -116,9 +116,10 @@ class Cluster:
         self.now = [100.0]
         self.log = RunLog(directory)
         self.service = Service("coordinator", ServiceSettings(metrics_listen="127.0.0.1:0" if metrics else ""))
+        self.registry = Registry(lease_seconds=5.0, heartbeat_seconds=1.0, clock=lambda: self.now[0])
         self.coordinator = Coordinator(
             log=self.log,
-            registry=Registry(lease_seconds=5.0, heartbeat_seconds=1.0, clock=lambda: self.now[0]),
+            registry=self.registry,
             metrics=Metrics(self.service.registry, "test"),
             connect=open_channel,
             version="test",
@@ -303,4 +304,7 @@ def run_state(made: Cluster) -> int:
 
 
 def free(made: Cluster) -> bool:
-    return all(stage.prepared is None for stage in made.stages)
+    """Whether the servers hold no run, and the coordinator would give them to another one."""
+    return all(stage.prepared is None for stage in made.stages) and not any(
+        server.run for server in made.registry.servers()
+    )

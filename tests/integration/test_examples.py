@@ -20,7 +20,7 @@ from gradwire.job.subject import load_subject
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = ("charlm", "digits_cnn", "finetune_minilm", "hf_gpt2")
 # The whole way, but short: a few steps, and little held out. `make examples` runs them in full.
-SHORT = {"STEPS": "2", "HELD_OUT": "16", "HF_HUB_OFFLINE": "1"}
+SHORT = {"STEPS": "2", "HELD_OUT": "64", "HF_HUB_OFFLINE": "1"}
 # Of the batch that is verified, where the model is large.
 ROWS = {"finetune_minilm": 8}
 
