@@ -26,8 +26,21 @@ LARGE_MICRO_BATCHES = 8
 SAMPLES = 50
 # What an allocator may keep or give back between two looks, whatever the number of messages: of large ones, four.
 NOISE_BYTES = {"small": 16 * 2**20, "large": 64 * 2**20}
+# Slots for payloads double whenever all are taken, until there are some for every message on its way: twice eight.
+SHARED_BYTES = {"small": 16 * 2**20, "large": 2 * LARGE_MICRO_BATCHES * 16 * 2**20}
 # Workers that a thread pool starts when two calls happen to come at once; a leak shows by the thousand.
 POOL_THREADS = 4
+
+
+class Rest(nn.Module):
+    """What the second server does: hardly anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, wide: torch.Tensor) -> torch.Tensor:
+        return (wide * self.scale).mean(dim=1)
 
 
 class Wide(nn.Module):
@@ -36,25 +49,28 @@ class Wide(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.first = nn.Linear(4, width, bias=False)
-        self.scale = nn.Parameter(torch.ones(()))
+        self.rest = Rest()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = self.first(x)  # (rows, width)
-        return (wide * self.scale).mean(dim=1)
+        narrow: torch.Tensor = self.rest(self.first(x))  # (rows, width) between the two
+        return narrow
 
 
 @dataclass(frozen=True)
 class Held:
     """What one process has at one moment."""
 
+    # Of its own, and shared with other processes: code, and payloads on their way.
     resident_bytes: int
+    shared_bytes: int
     threads: int
     descriptors: int
 
 
 def held(process: psutil.Process) -> Held:
     with process.oneshot():
-        return Held(process.memory_info().rss, process.num_threads(), process.num_fds())
+        memory = process.memory_info()
+        return Held(memory.rss - memory.shared, memory.shared, process.num_threads(), process.num_fds())
 
 
 def messages_between_servers(cluster: gradwire.LocalCluster) -> int:
@@ -93,7 +109,8 @@ def soak(
         torch.optim.SGD(model.parameters(), lr=1e-3),
         loss=nn.functional.mse_loss,
         example=(torch.randn(rows, 4), torch.randn(rows)),
-        plan=gradwire.Plan(stages=2, microbatches=micro_batches),
+        # Left to itself, the planner would cut where little travels.
+        plan=gradwire.Plan(stages=2, microbatches=micro_batches, cuts=["rest"]),
     ) as trainer:
         # Each micro-batch: its boundary forward and back; small ones also count the client's input and target.
         a_step = micro_batches * (4 if kind == "small" else 2)
@@ -111,6 +128,7 @@ def soak(
         first = [sample[index] for sample in early]
         last = samples[-1][index]
         growth = last.resident_bytes - max(sample.resident_bytes for sample in first)
+        shared = last.shared_bytes - max(sample.shared_bytes for sample in first)
         threads = last.threads - max(sample.threads for sample in first)
         descriptors = last.descriptors - max(sample.descriptors for sample in first)
         rows_out.append(
@@ -121,6 +139,8 @@ def soak(
                 "seconds": seconds,
                 "resident MiB": last.resident_bytes / 2**20,
                 "growth MiB": growth / 2**20,
+                "shared MiB": last.shared_bytes / 2**20,
+                "growth MiB ": shared / 2**20,
                 "threads": last.threads,
                 "more": threads,
                 "descriptors": last.descriptors,
@@ -130,6 +150,9 @@ def soak(
         claims += [
             Claim.below(
                 f"resident memory flat: growth of {name}, MiB ({kind})", growth / 2**20, NOISE_BYTES[kind] / 2**20
+            ),
+            Claim.below(
+                f"shared memory bounded: growth of {name}, MiB ({kind})", shared / 2**20, SHARED_BYTES[kind] / 2**20
             ),
             Claim.below(f"no thread growth: {name} ({kind})", threads, POOL_THREADS),
             Claim.below(f"no file descriptor growth: {name} ({kind})", descriptors, 1),
