@@ -5,6 +5,7 @@ Byte for byte what the generated classes write. What else a frame may look like,
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 ALIGNMENT = 16
@@ -40,19 +41,25 @@ def header_field(header: bytes) -> bytes:
     return bytes((FRAME_HEADER,)) + varint(len(header)) + header if header else b""
 
 
-def encode_chunk(header: bytes, offset: int, data: memoryview, checksum: int | None = None) -> bytes:
-    """Encode one frame, padded so that the data begin on a multiple of ALIGNMENT."""
-    size = data.nbytes
-    start = header_field(header)
+def encode_chunk(header: bytes, offset: int, data: bytes | memoryview, checksum: int | None = None) -> bytes:
+    """Encode one frame, padded so that the data begin on a multiple of ALIGNMENT. data: of single bytes."""
+    before, between = _around_header(len(header), offset, len(data), checksum is not None)
+    if checksum is None:
+        return b"".join((before, header, between, data))
+    return b"".join((before, header, between, data, bytes((_CHUNK_CHECKSUM,)), checksum.to_bytes(4, "little")))
+
+
+@lru_cache(maxsize=4096)  # messages of a run are of few sizes, and what has been worked out is in no cold cache
+def _around_header(header_bytes: int, offset: int, size: int, has_checksum: bool) -> tuple[bytes, bytes]:
+    """Return what a frame has before its header's bytes, and between those and its data."""
+    before = bytes((FRAME_HEADER,)) + varint(header_bytes) if header_bytes else b""
     offset_field = bytes((_CHUNK_OFFSET,)) + varint(offset) if offset else b""
     data_prefix = bytes((_CHUNK_DATA,)) + varint(size)
-    end = b"" if checksum is None else bytes((_CHUNK_CHECKSUM,)) + checksum.to_bytes(4, "little")
-    unpadded = len(offset_field) + len(data_prefix) + size + len(end)
-    before = len(start) + 1 + len(offset_field) + len(data_prefix)
-    missing = _padding_bytes(before, unpadded)
+    unpadded = len(offset_field) + len(data_prefix) + size + (_CHECKSUM_BYTES if has_checksum else 0)
+    missing = _padding_bytes(len(before) + header_bytes + 1 + len(offset_field) + len(data_prefix), unpadded)
     padding = bytes((_CHUNK_PADDING, missing - 2)) + bytes(missing - 2) if missing else b""
     length = varint(unpadded + missing)
-    return b"".join((start, bytes((FRAME_CHUNK,)), length, offset_field, padding, data_prefix, data, end))
+    return before, b"".join((bytes((FRAME_CHUNK,)), length, offset_field, padding, data_prefix))
 
 
 def decode_chunk(frame: bytes) -> Chunk | None:

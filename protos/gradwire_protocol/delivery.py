@@ -19,7 +19,7 @@ from typing import Any
 import grpc
 
 from gradwire_protocol.errors import Aborted, GradwireError, InternalError, Unreachable, from_rpc_error
-from gradwire_protocol.frames import encode_frames
+from gradwire_protocol.frames import encode_first_frame, encode_frames
 from gradwire_protocol.local_stream import SendingEnd
 from gradwire_protocol.v1 import tensors_pb2 as pb
 
@@ -33,9 +33,23 @@ Payload = memoryview | Callable[[], memoryview] | None
 class Delivered:
     """A message that the peer has receipted."""
 
-    header: pb.TensorHeader
+    direction: pb.Direction
+    codec: int
     size_bytes: int  # of the payload
+    shared: bool  # the payload went through shared memory
     seconds: float  # from `send` to its arrival, or to the receipt where the peer has another clock
+
+
+@dataclass(slots=True)
+class _Open:
+    """A message that was sent or queued, and is not receipted yet."""
+
+    sequence: int
+    direction: pb.Direction
+    codec: int
+    size_bytes: int
+    since: float  # time.monotonic() of `send`
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +58,7 @@ class _Queued:
 
     header: pb.TensorHeader
     payload: Payload
+    open: _Open
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +80,8 @@ class FrameSender:
     waits; None: it never does. checksums: every chunk carries one. `place`, called on a thread of the sender, may put a
     payload where the peer finds it by its header (shared memory); then it goes in no chunks. `connect`, called on a
     thread of the sender, returns a socket to the peer if it is on this host, else None; over it, payloads of up to
-    `at_once_bytes` that are there are written by `send` itself, which saves a change of threads, and not placed.
+    `at_once_bytes`, CHUNK_BYTES at most, that are there are written by `send` itself, which saves a change of threads,
+    and not placed.
     After a failure every `send` and `flush` raises it; the sender does not reconnect.
     """
 
@@ -95,8 +111,7 @@ class FrameSender:
         self._changed = threading.Condition()
         self._queue: queue.SimpleQueue[_Queued | _Rest | None] = queue.SimpleQueue()
         self._unwritten = 0  # items of the queue, until they are written
-        # Sent or queued, not receipted yet: (header, size, time of `send`).
-        self._open: deque[tuple[pb.TensorHeader, int, float]] = deque()
+        self._open: deque[_Open] = deque()
         self._open_bytes = 0
         self._sequence = 0
         self._closing = False
@@ -122,8 +137,12 @@ class FrameSender:
         return self._open_bytes + header.tensor.size_bytes <= self._maximum_queued_bytes
 
     def send(self, header: pb.TensorHeader, payload: Payload = None) -> None:
-        """Queue one message; sets the header's sequence. Waits for room; a failure, `close` and `cancel` end that."""
-        size = header.tensor.size_bytes if header.HasField("tensor") else 0
+        """Queue one message; the header is the caller's again when this returns, with its sequence set.
+
+        Waits for room; a failure, `close` and `cancel` end that.
+        """
+        info = header.tensor
+        size = info.size_bytes
         with self._changed:
             if not self.has_room(header):
                 self._ask()
@@ -131,13 +150,16 @@ class FrameSender:
             self._check()
             self._sequence += 1
             header.sequence = self._sequence
-            self._open.append((header, size, time.monotonic()))
+            message = _Open(self._sequence, header.key.direction, info.codec, size, time.monotonic())
+            self._open.append(message)
             self._open_bytes += size
-            at_once = self._local is not None and self._unwritten == 0 and size <= self._at_once_bytes
-            if self._local is not None and at_once and not callable(payload):
-                self._write_at_once(self._local, header, payload)
+            local = self._local
+            if local is None or self._unwritten or size > self._at_once_bytes or callable(payload):
+                kept = pb.TensorHeader()
+                kept.CopyFrom(header)
+                self._put(_Queued(kept, payload, message))
             else:
-                self._put(_Queued(header, payload))
+                self._write_at_once(local, header, payload)
 
     def flush(self, timeout_seconds: float | None = None) -> None:
         """Wait until the peer has receipted everything that was sent."""
@@ -194,7 +216,7 @@ class FrameSender:
         header, payload = item.header, item.payload
         data = payload() if callable(payload) else payload
         if self._place is not None and data is not None and self._place(header, data):
-            data = None
+            item.open.shared, data = True, None
         yield from encode_frames(header, data, checksums=self._checksums)
 
     def _cannot_encode(self, header: pb.TensorHeader, error: Exception) -> None:
@@ -291,9 +313,9 @@ class FrameSender:
 
     def _write_at_once(self, local: SendingEnd, header: pb.TensorHeader, payload: memoryview | None) -> None:
         """Write a message on the thread of `send`; what finds no room is left to the thread that writes."""
-        frames = list(encode_frames(header, payload, checksums=self._checksums))
+        frame = encode_first_frame(header, payload, checksums=self._checksums)
         try:
-            rest = local.try_write(frames)
+            rest = local.try_write(frame)
         except OSError:
             return  # who reads receipts sees it too
         if rest:
@@ -328,10 +350,11 @@ class FrameSender:
         delivered = []
         with self._changed:
             for sequence, arrived in receipts:
-                while self._open and self._open[0][0].sequence <= sequence:
-                    header, size, since = self._open.popleft()
-                    self._open_bytes -= size
-                    delivered.append(Delivered(header, size, arrived - since))
+                while self._open and self._open[0].sequence <= sequence:
+                    done = self._open.popleft()
+                    self._open_bytes -= done.size_bytes
+                    seconds = arrived - done.since
+                    delivered.append(Delivered(done.direction, done.codec, done.size_bytes, done.shared, seconds))
             self._changed.notify_all()
         if self._on_delivered:
             for message in delivered:

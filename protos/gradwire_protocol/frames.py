@@ -29,6 +29,7 @@ MAXIMUM_DIMENSIONS = 32
 MAXIMUM_RUN_CHARACTERS = 64
 MAXIMUM_VALUE_BYTES = 512
 MAXIMUM_STATE_BYTES = 64
+_MAXIMUM_KNOWN = 1024
 
 ELEMENT_BYTES: dict[int, int] = {
     pb.DATA_TYPE_FLOAT64: 8,
@@ -86,15 +87,21 @@ def encode_frames(header: pb.TensorHeader, payload: memoryview | None, *, checks
 
     `payload` must have the header's `size_bytes`; None or empty for messages without one.
     """
+    yield encode_first_frame(header, payload, checksums=checksums)
+    if payload is not None and payload.nbytes > CHUNK_BYTES:
+        flat = payload.cast("B")
+        for offset in range(CHUNK_BYTES, len(flat), CHUNK_BYTES):
+            data = flat[offset : offset + CHUNK_BYTES]
+            yield encode_chunk(b"", offset, data, crc32c(data) if checksums else None)
+
+
+def encode_first_frame(header: pb.TensorHeader, payload: memoryview | None, *, checksums: bool = False) -> bytes:
+    """Encode a message's first frame, which is the only one up to CHUNK_BYTES."""
     encoded = header.SerializeToString()
-    size = 0 if payload is None else payload.nbytes
-    if payload is None or size == 0:
-        yield header_field(encoded)
-        return
-    flat = payload.cast("B")
-    for offset in range(0, size, CHUNK_BYTES):
-        data = flat[offset : offset + CHUNK_BYTES]
-        yield encode_chunk(encoded if offset == 0 else b"", offset, data, crc32c(data) if checksums else None)
+    if not payload:
+        return header_field(encoded)
+    data = payload.cast("B")[:CHUNK_BYTES]
+    return encode_chunk(encoded, 0, data, crc32c(data) if checksums else None)
 
 
 def decode_frame(data: bytes) -> Frame:
@@ -224,6 +231,8 @@ class FrameAssembler:
         self._buffer: memoryview | None = None  # None: skipped
         self._received = 0
         self._sequence = 0
+        # Payload bytes of descriptions that have been checked, by what names a message but for entry and micro-batch.
+        self._known: dict[tuple[str, str, int, int, str], tuple[pb.TensorInfo, int]] = {}
 
     @property
     def header(self) -> pb.TensorHeader | None:
@@ -239,17 +248,17 @@ class FrameAssembler:
                     "A header came inside a message",
                     expected=f"{self._size - self._received} more bytes of {self._header.key.value!r}",
                 )
-            size = check_header(header, self._maximum_tensor_bytes)
+            size = self._size_of(header)
             if header.sequence != self._sequence + 1:
                 raise FrameError(
                     "A message is missing or repeated on its stream",
                     expected=f"sequence {self._sequence + 1}",
                     got=str(header.sequence),
                 )
-            self._sequence += 1
             if size == 0 and chunk is not None and chunk.nbytes:
                 raise FrameError("A message without payload has a chunk", got=f"{chunk.nbytes} bytes")
-            admission = self._admit(header, size)
+            admission = self._admit(header, size)  # what it raises leaves everything as it was
+            self._sequence += 1
             kept = admission is not Admission.SKIP
             if size == 0:
                 return Message(header, None, kept)
@@ -266,6 +275,22 @@ class FrameAssembler:
                 raise FrameError("A frame is empty", expected="a header, a chunk, or both")
             return None
         return self._add(offset, chunk, checksum)
+
+    def _size_of(self, header: pb.TensorHeader) -> int:
+        """Do what `check_header` does; what was checked once, but for entry and micro-batch, is not checked again."""
+        key = header.key
+        kind = (key.run, key.value, key.direction, key.source_stage, key.state)
+        known = self._known.get(kind)
+        if known is not None and known[0] == header.tensor and key.entry:
+            return known[1]
+        size = check_header(header, self._maximum_tensor_bytes)
+        if size:
+            if len(self._known) >= _MAXIMUM_KNOWN:
+                self._known.clear()
+            info = pb.TensorInfo()
+            info.CopyFrom(header.tensor)
+            self._known[kind] = info, size
+        return size
 
     def _in_shared_memory(self, header: pb.TensorHeader, size: int, chunk: memoryview | None, kept: bool) -> Message:
         if self._shared is None or chunk is not None:

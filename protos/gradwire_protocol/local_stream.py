@@ -13,7 +13,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
@@ -34,6 +34,7 @@ _ERROR = 2**64 - 1  # in place of a sequence: the size of a google.rpc.Status fo
 _MAXIMUM_ERROR_BYTES = 2**16
 _READ_BYTES = 2**16
 _SOCKET_BYTES = 2**20
+_MAXIMUM_DUE_BYTES = 2**20
 
 
 def connected_pair() -> tuple[socket.socket, socket.socket]:
@@ -62,14 +63,14 @@ class SendingEnd:
         """Write what `try_write` has left. OSError."""
         self._connection.sendall(rest)
 
-    def try_write(self, frames: Sequence[bytes]) -> bytes:
-        """Write frames as far as there is room at once; return what is left of them. OSError."""
-        parts = [part for frame in frames for part in (_LENGTH.pack(len(frame)), frame)]
+    def try_write(self, frame: bytes) -> bytes:
+        """Write a frame as far as there is room at once; return what is left of it. OSError."""
+        data = _LENGTH.pack(len(frame)) + frame
         try:
-            sent = self._connection.sendmsg(parts, (), socket.MSG_DONTWAIT)
+            sent = self._connection.send(data, socket.MSG_DONTWAIT)
         except BlockingIOError:
-            sent = 0
-        return b"" if sent == sum(map(len, parts)) else b"".join(parts)[sent:]
+            return data
+        return b"" if sent == len(data) else data[sent:]
 
     def receipts(self) -> Iterator[list[tuple[int, float]]]:
         """Yield (sequence, time of arrival) of messages as their receipts come; raise the receiver's typed error."""
@@ -115,46 +116,57 @@ class SendingEnd:
 
 
 class ReceivingEnd:
-    """Reads frames and writes receipts, on one thread."""
+    """Reads frames and writes receipts, and waits for neither. For one thread at a time."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        seconds, parts = divmod(QUIET_SECONDS, 1)
-        quiet = struct.pack("ll", int(seconds), int(parts * 1e6))
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, quiet)
+        self._data = b""  # read, and not yielded yet, from _position on
+        self._position = 0
+        self._missing = 0  # of the frame that comes next, as far as its length is known
         self._due = bytearray()
         self._unreceipted_bytes = 0
+        self._heard = time.monotonic()
+        self.ended = False  # no more frames will come
 
-    def frames(self) -> Iterator[bytes]:
-        """Yield frames until the sender ends the stream; FrameError, or OSError where it was cut off."""
-        data, position = b"", 0
-        while True:
-            while len(data) - position >= _LENGTH.size:
-                (length,) = _LENGTH.unpack_from(data, position)
-                if length > MAXIMUM_FRAME_BYTES:
-                    raise FrameError(
-                        "A frame is too large", expected=f"{MAXIMUM_FRAME_BYTES} bytes at most", got=str(length)
-                    )
-                end = position + _LENGTH.size + length
-                if end > len(data):
-                    missing = end - len(data)
-                    if missing > _READ_BYTES:
-                        data, position = data[position:] + self._read_exactly(missing), 0
-                        continue
-                    break
-                if length:
-                    yield data[position + _LENGTH.size : end]
-                else:
-                    self.send_receipts()
-                position = end
-            # What is left is less than a frame; the frames before it are kept alive no longer.
-            data, position = data[position:], 0
-            part = self._read()
-            if not part:
-                if data:
-                    raise FrameError("A stream ended inside a frame", got=f"{len(data)} bytes of it")
-                return
-            data += part
+    def fileno(self) -> int:
+        return self._connection.fileno()
+
+    def read(self) -> Iterator[bytes]:
+        """Read once, and yield the frames that are whole; whoever stops early gets the others next time.
+
+        FrameError, or OSError where it was cut off.
+        """
+        yield from self._whole()
+        try:
+            part = self._connection.recv(max(_READ_BYTES, self._missing), socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        self._heard = time.monotonic()
+        if not part:
+            if self._data:
+                raise FrameError("A stream ended inside a frame", got=f"{len(self._data)} bytes of it")
+            self.ended = True
+        self._data += part
+        yield from self._whole()
+
+    def _whole(self) -> Iterator[bytes]:
+        """Yield what is whole; what is left is less than a frame, and the frames before it are kept alive no longer."""
+        while len(self._data) - self._position >= _LENGTH.size:
+            begin = self._position + _LENGTH.size
+            (length,) = _LENGTH.unpack_from(self._data, self._position)
+            if length > MAXIMUM_FRAME_BYTES:
+                raise FrameError(
+                    "A frame is too large", expected=f"{MAXIMUM_FRAME_BYTES} bytes at most", got=str(length)
+                )
+            self._missing = begin + length - len(self._data)
+            if self._missing > 0:
+                break
+            self._position = begin + length
+            if length:
+                yield self._data[begin : begin + length]
+            else:
+                self.send_receipts()
+        self._data, self._position = self._data[self._position :], 0
 
     def receipt(self, sequence: int, size_bytes: int) -> None:
         """A message is whole. size_bytes: of its payload. OSError."""
@@ -163,45 +175,29 @@ class ReceivingEnd:
         if len(self._due) >= RECEIPT_MESSAGES * _RECEIPT.size or self._unreceipted_bytes >= RECEIPT_BYTES:
             self.send_receipts()
 
+    @property
+    def quiet(self) -> bool:
+        """Whether receipts are due, and nothing has come for a while."""
+        return bool(self._due) and time.monotonic() - self._heard >= QUIET_SECONDS
+
     def send_receipts(self) -> None:
-        """Send the receipts that are due. OSError."""
-        if self._due:
-            self._connection.sendall(self._due)
-            self._due.clear()
+        """Send the receipts that are due, as far as there is room. OSError; FrameError if nobody reads them."""
         self._unreceipted_bytes = 0
+        if not self._due:
+            return
+        try:
+            sent = self._connection.send(self._due, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            sent = 0
+        del self._due[:sent]
+        if len(self._due) > _MAXIMUM_DUE_BYTES:
+            raise FrameError("A sender does not read its receipts", got=f"{len(self._due)} bytes of them")
 
     def fail(self, error: GradwireError) -> None:
         """Tell the sender why the stream ends, if it still listens."""
         status = to_status(error).SerializeToString()
         with contextlib.suppress(OSError):
-            self._connection.sendall(bytes(self._due) + _RECEIPT.pack(_ERROR, len(status)) + status)
-
-    def cancel(self) -> None:
-        """End the stream at once; whoever reads goes on. Any thread; idempotent."""
-        with contextlib.suppress(OSError):
-            self._connection.shutdown(socket.SHUT_RDWR)
+            self._connection.send(bytes(self._due) + _RECEIPT.pack(_ERROR, len(status)) + status, socket.MSG_DONTWAIT)
 
     def close(self) -> None:
         self._connection.close()
-
-    def _read(self) -> bytes:
-        """Return the next bytes, at least one; none at the end of the stream. Sends receipts when nothing comes."""
-        while True:
-            try:
-                return self._connection.recv(_READ_BYTES)
-            except BlockingIOError:  # nothing for QUIET_SECONDS
-                self.send_receipts()
-
-    def _read_exactly(self, size: int) -> bytes:
-        parts = []
-        while size:
-            try:
-                part = self._connection.recv(size, socket.MSG_WAITALL)
-            except BlockingIOError:
-                self.send_receipts()
-                continue
-            if not part:
-                raise FrameError("A stream ended inside a frame", got=f"{size} bytes are missing")
-            parts.append(part)
-            size -= len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 from collections.abc import Sequence
 
@@ -29,6 +30,7 @@ DATA_TYPES: dict[torch.dtype, pb.DataType] = {
     torch.complex128: pb.DATA_TYPE_COMPLEX128,
 }
 TORCH_TYPES: dict[int, torch.dtype] = {number: dtype for dtype, number in DATA_TYPES.items()}
+_COPIED_BYTES = 2**14
 _STORED_NAMES = {TORCH_TYPES[number]: name for name, number in STORED_TYPES.items()}
 
 # torch warns, once a process, that received buffers are read-only. They are, by contract: nobody writes to them.
@@ -50,7 +52,9 @@ def is_dense(tensor: torch.Tensor) -> bool:
 
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor itself if it is dense, else a dense copy (expanded and strided tensors)."""
+    """Return the tensor itself if it is dense, else a dense copy (expanded, strided, and lazily conjugated tensors)."""
+    if tensor.is_conj() or tensor.is_neg():
+        tensor = tensor.resolve_conj().resolve_neg()
     return tensor if tensor.numel() == 0 or is_dense(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
 
@@ -79,9 +83,13 @@ def memory_order(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def payload_of(tensor: torch.Tensor) -> memoryview:
-    """Return the bytes of a dense CPU tensor, in memory order, without a copy. They keep its memory alive."""
-    if tensor.numel() == 0:
+    """Return the bytes of a dense CPU tensor, in memory order. They keep its memory alive, or are a copy if few."""
+    size = tensor.nbytes
+    if size == 0:
         return memoryview(b"")
+    # The way without a copy goes through four operators, which take longer than a copy of a few kilobytes.
+    if size <= _COPIED_BYTES:
+        return memoryview(ctypes.string_at(tensor.data_ptr(), size))
     flat = memory_order(tensor.detach())
     if flat.is_complex():
         flat = torch.view_as_real(flat).flatten()

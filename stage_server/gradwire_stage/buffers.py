@@ -5,7 +5,7 @@ Operators saved for the backward pass of one micro-batch must not see what the n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 
 import torch
 
@@ -15,11 +15,13 @@ class BufferVersions:
 
     def __init__(self, store: MutableMapping[str, torch.Tensor], written: Iterable[str]) -> None:
         self._store = store
-        self._written = tuple(written)
+        self._written = frozenset(written)
 
-    def copies(self, versions: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Copy the versions that a pass starts from, for it to write to."""
-        return {name: versions[name].clone() for name in self._written}
+    def copies(self, names: Sequence[str], versions: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Copy, of the tensors that a pass starts from, those that it writes to."""
+        if not self._written:
+            return {}
+        return {name: tensor.clone() for name, tensor in zip(names, versions, strict=True) if name in self._written}
 
     def commit(self, changed: Mapping[str, torch.Tensor]) -> None:
         """Make what a pass wrote or assigned the newest versions."""

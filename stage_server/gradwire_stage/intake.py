@@ -17,7 +17,7 @@ from gradwire_stage.run_state import RunState
 
 
 class Intake:
-    """Takes the frames of one stream, on one thread. `find_run` gets each message's key; None: drop the message."""
+    """Takes the frames of one stream, on one thread at a time. `find_run` gets each message's key; None: drop it."""
 
     def __init__(self, find_run: Callable[[pb.MessageKey], RunState | None], tensor_bytes: int) -> None:
         self._find_run = find_run
@@ -28,9 +28,14 @@ class Intake:
         self._reservation: Reservation | None = None
         self._addressed: RunState | None = None  # the run of the message in progress
         self._ended = False
+        self._wait = True
 
-    def feed(self, frame: bytes) -> pb.TensorHeader | None:
-        """Take one frame; return the header of the message that it completes, for its receipt. Waits for room."""
+    def feed(self, frame: bytes, *, wait: bool = True) -> pb.TensorHeader | None:
+        """Take one frame; return the header of the message that it completes, for its receipt.
+
+        Waits for room; without `wait`, HeldError where it would: the same frame may be fed again later.
+        """
+        self._wait = wait
         message = self._assembler.feed(frame)
         run, reservation = self._run, self._reservation
         if run is not None and reservation is not None:
@@ -69,7 +74,7 @@ class Intake:
             self._run, self._inflow = run, inflow
             if self._ended:  # `interrupt` may have come too early to see these
                 run.mailbox.end(inflow)
-        self._reservation = run.admit(header, size, inflow)
+        self._reservation = run.admit(header, size, inflow, wait=self._wait)
         if self._reservation is None:
             return Admission.SKIP
         return Admission.KEEP_CHECKED if run.checksums else Admission.KEEP

@@ -1,33 +1,54 @@
-"""Takes the sockets that servers of the same host offer for their messages, in place of Deliver calls.
+"""Takes the sockets that servers of the same host offer for their messages, in place of Deliver calls, and reads them.
 
-Leaves to others: offering them (local_connector.py), and what a frame brings (intake.py).
+Whoever waits reads: while the compute thread waits for a message it reads all sockets itself, since waking one thread
+after another takes longer than a small message. While it computes, a thread of its own reads in its place; that one
+keeps off as long as the compute thread comes by often, or both would wake for each message. Nobody waits for room with
+a message in hand: what a mailbox holds back stays where it is until the compute thread goes on.
+
+Leaves to others: offering sockets (local_connector.py), and what a frame brings (intake.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import socket
 import threading
+import time
 from collections.abc import Callable, Collection
-from contextlib import closing
+from dataclasses import dataclass
 
 import structlog
 
-from gradwire_protocol.errors import GradwireError, InternalError
+from gradwire_protocol.errors import GradwireError, InternalError, LimitExceeded
 from gradwire_protocol.handover import take_over
-from gradwire_protocol.local_stream import ReceivingEnd
+from gradwire_protocol.local_stream import QUIET_SECONDS, ReceivingEnd
 from gradwire_protocol.shared_block import TICKET_BYTES, BlockError, unsupported
 from gradwire_protocol.v1 import stage_pb2
 from gradwire_stage.intake import Intake, StreamLimit
+from gradwire_stage.mailbox import Bell, HeldError, PlainBell
 from gradwire_stage.shared_memory import SharedMemory
 
 _TAKE_OVER_SECONDS = 4.0
+# So long after the compute thread has come by, it is taken to come again; and so often is looked whether it has.
+_ATTENDED_SECONDS = 0.05
 
 _log = structlog.get_logger(__name__)
 
 
+@dataclass(eq=False, slots=True)
+class _Stream:
+    """One socket, and what becomes of what comes over it."""
+
+    server: str
+    end: ReceivingEnd
+    intake: Intake
+    held: bytes | None = None  # a frame that found no room; nothing is read behind it
+
+
 class LocalStreams:
-    """The sockets that other servers send over to this one, each read by a thread. Thread-safe.
+    """The sockets that other servers send over to this one. Thread-safe.
 
     make_intake: makes what takes the frames of a stream. limit: on streams, those of gRPC included.
     """
@@ -36,14 +57,18 @@ class LocalStreams:
         self._memory = memory
         self._make_intake = make_intake
         self._limit = limit
-        self._lock = threading.Lock()
-        self._open: set[ReceivingEnd] = set()
-        self._closed = False
+        # None where no socket will ever be taken.
+        self._reader = None if memory.settings is None or unsupported() is not None else _Reader(limit)
+
+    @property
+    def bell(self) -> Bell:
+        """Where the compute thread waits for messages."""
+        return self._reader or PlainBell()
 
     @property
     def count(self) -> int:
         """How many are open."""
-        return len(self._open)
+        return 0 if self._reader is None else self._reader.count
 
     def take_over(self, request: stage_pb2.OfferStreamRequest, servers: Collection[str]) -> stage_pb2.OfferStreamReply:
         """Take the socket that one of the servers offers, and read from it; or say why not."""
@@ -55,18 +80,15 @@ class LocalStreams:
 
     def close(self) -> None:
         """End all streams; no more are taken."""
-        with self._lock:
-            self._closed = True
-            streams = list(self._open)
-        for stream in streams:
-            stream.cancel()
+        if self._reader is not None:
+            self._reader.close()
 
     def _take_over(self, request: stage_pb2.OfferStreamRequest, servers: Collection[str]) -> None:
         settings = self._memory.settings
         if settings is None:
             raise BlockError("off", "shared memory is switched off on the receiving server")
-        if (reason := unsupported()) is not None:
-            raise BlockError("unsupported", reason)
+        if self._reader is None:
+            raise BlockError("unsupported", unsupported() or "")
         if request.server not in servers:
             raise BlockError("other-run", f"server {request.server[:64]!r} is not a peer in this run")
         if len(request.ticket) != TICKET_BYTES:
@@ -77,36 +99,192 @@ class LocalStreams:
         except OSError as error:
             os.close(descriptor)
             raise BlockError("failed", f"what was handed over is no socket: {error}") from error
-        stream = ReceivingEnd(connection)
-        with self._lock:
-            if self._closed:
-                stream.close()
-                raise BlockError("other-run", "the server ends")
-            self._open.add(stream)
-        threading.Thread(
-            target=self._serve, args=(stream, request.server), name=f"stream from {request.server}", daemon=True
-        ).start()
-
-    def _serve(self, stream: ReceivingEnd, server: str) -> None:
         try:
-            with self._limit, closing(self._make_intake()) as intake:
-                for frame in stream.frames():
-                    whole = intake.feed(frame)
-                    # Not kept alive while the next one is waited for.
-                    del frame
-                    if whole is not None:
-                        stream.receipt(whole.sequence, whole.tensor.size_bytes)
-                intake.finish()
-                stream.send_receipts()
-        except OSError as error:
-            _log.info("a stream from a server was cut off", peer=server, reason=str(error))
-        except GradwireError as error:
-            _log.info("a stream from a server was ended", peer=server, reason=str(error))
-            stream.fail(error)
-        except Exception as error:  # noqa: BLE001  # whatever it is, the sender must hear of it
-            _log.exception("taking messages failed", peer=server)
-            stream.fail(InternalError("Taking messages failed", got=repr(error)))
+            self._reader.add(_Stream(request.server, ReceivingEnd(connection), self._make_intake()))
+        except BlockError:
+            connection.close()
+            raise
+
+
+class _Reader:
+    """Reads all sockets, on the compute thread while that waits and on a thread of its own otherwise. A bell."""
+
+    def __init__(self, limit: StreamLimit) -> None:
+        self._limit = limit
+        self._reading = threading.Lock()  # held by whoever reads; guards all below
+        self._streams: dict[int, _Stream] = {}  # by descriptor
+        self._held: list[_Stream] = []
+        self._closed = False
+        self._rung = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        # What each of the two threads waits for.
+        self._computing, self._watching = select.poll(), select.poll()
+        self._computing.register(self._rung, select.POLLIN)
+        self._waiting = False  # whether the compute thread waits here
+        self._attended = 0.0  # when it was here last (time.monotonic)
+        self._thread: threading.Thread | None = None
+        self._ending = threading.Event()
+
+    @property
+    def count(self) -> int:
+        return len(self._streams)
+
+    def add(self, stream: _Stream) -> None:
+        """Read a stream from now on. BlockError."""
+        with self._reading:
+            if self._closed:
+                raise BlockError("other-run", "the server ends")
+            try:
+                self._limit.__enter__()
+            except LimitExceeded as error:
+                raise BlockError("limit", str(error)) from error
+            self._streams[stream.end.fileno()] = stream
+            self._listen(stream)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._watch, name="local streams", daemon=True)
+                self._thread.start()
+        self.ring()  # for the compute thread to wait for this stream, too
+
+    def close(self) -> None:
+        """End all streams; no more are taken. Idempotent."""
+        with self._reading:
+            self._closed = True
+            for stream in list(self._streams.values()):
+                self._end(stream)
+        self._ending.set()
+
+    # --- the compute thread's bell
+
+    def ring(self) -> None:
+        os.eventfd_write(self._rung, 1)
+
+    def look(self) -> None:
+        if self._streams:
+            self._attended = time.monotonic()
+            with self._reading:
+                self._feed_held()
+                self._read(self._computing.poll(0))
+
+    def wait(self) -> None:
+        self._waiting = True
+        try:
+            if self._held:
+                with self._reading:
+                    if self._feed_held():
+                        return
+            ready = self._computing.poll()
         finally:
-            with self._lock:
-                self._open.discard(stream)
-            stream.close()
+            self._waiting = False
+            self._attended = time.monotonic()
+        with self._reading:
+            self._read(ready)
+            for descriptor, _ in ready:
+                if descriptor == self._rung:
+                    with contextlib.suppress(BlockingIOError):
+                        os.eventfd_read(self._rung)
+
+    # --- the other thread
+
+    def _watch(self) -> None:
+        while not self._closed:
+            if self._waiting or time.monotonic() - self._attended < _ATTENDED_SECONDS:
+                self._ending.wait(_ATTENDED_SECONDS)
+                ready = []
+            elif self._streams:
+                ready = self._watching.poll(1e3 * QUIET_SECONDS)
+            else:
+                self._ending.wait(QUIET_SECONDS)
+                ready = []
+            with self._reading:
+                self._feed_held()
+                self._read(ready)
+                for stream in list(self._streams.values()):
+                    if stream.end.quiet:
+                        self._guarded(stream, _send_receipts)
+
+    # --- with the lock
+
+    def _read(self, ready: Collection[tuple[int, int]]) -> None:
+        for descriptor, _ in ready:
+            stream = self._streams.get(descriptor)
+            if stream is not None and stream.held is None:
+                self._guarded(stream, self._read_stream)
+
+    def _read_stream(self, stream: _Stream) -> None:
+        for frame in stream.end.read():
+            if not self._feed(stream, frame):
+                self._held.append(stream)
+                self._ignore(stream)
+                return
+            del frame  # not kept alive while the next one is made
+        if stream.end.ended:
+            stream.intake.finish()
+            stream.end.send_receipts()
+            self._end(stream)
+
+    def _feed_held(self) -> bool:
+        """Try those again that found no room; return whether one of them did."""
+        if not self._held:
+            return False
+        waiting, self._held = self._held, []
+        for stream in waiting:
+            self._guarded(stream, self._go_on)
+        return len(self._held) < len(waiting)
+
+    def _go_on(self, stream: _Stream) -> None:
+        frame, stream.held = stream.held, None
+        if frame is not None and not self._feed(stream, frame):
+            self._held.append(stream)
+            return
+        self._listen(stream)
+        # What was read with it.
+        self._read_stream(stream)
+
+    def _feed(self, stream: _Stream, frame: bytes) -> bool:
+        """Take one frame; False: it found no room, and is kept."""
+        try:
+            whole = stream.intake.feed(frame, wait=False)
+        except HeldError:
+            stream.held = frame
+            return False
+        if whole is not None:
+            stream.end.receipt(whole.sequence, whole.tensor.size_bytes)
+        return True
+
+    def _guarded(self, stream: _Stream, act: Callable[[_Stream], None]) -> None:
+        """Do something with a stream; what fails ends it, and it alone."""
+        try:
+            act(stream)
+            return
+        except OSError as error:
+            _log.info("a stream from a server was cut off", peer=stream.server, reason=str(error))
+        except GradwireError as error:
+            _log.info("a stream from a server was ended", peer=stream.server, reason=str(error))
+            stream.end.fail(error)
+        except Exception as error:  # noqa: BLE001  # whatever it is, the sender must hear of it
+            _log.exception("taking messages failed", peer=stream.server)
+            stream.end.fail(InternalError("Taking messages failed", got=repr(error)))
+        self._end(stream)
+
+    def _end(self, stream: _Stream) -> None:
+        if self._streams.pop(stream.end.fileno(), None) is None:
+            return
+        if stream in self._held:
+            self._held.remove(stream)
+        self._ignore(stream)
+        stream.intake.close()
+        stream.end.close()
+        self._limit.__exit__()
+
+    def _listen(self, stream: _Stream) -> None:
+        self._computing.register(stream.end, select.POLLIN)
+        self._watching.register(stream.end, select.POLLIN)
+
+    def _ignore(self, stream: _Stream) -> None:
+        """Wait for it no more, not even for its end; nothing if nobody does."""
+        for waits in (self._computing, self._watching):
+            with contextlib.suppress(KeyError):
+                waits.unregister(stream.end)
+
+
+def _send_receipts(stream: _Stream) -> None:
+    stream.end.send_receipts()

@@ -1,7 +1,8 @@
 """Where messages for a run wait until the compute thread takes them, whatever order they came in.
 
-gRPC threads put, one compute thread takes. Repeated and late messages are counted and dropped; what a message holds,
-and whether it belongs to this run at all, is decided outside.
+gRPC threads put, one compute thread takes; where the bell it waits at reads streams itself (local_streams.py), it does
+both. Repeated and late messages are counted and dropped; what a message holds, and whether it belongs to this run at
+all, is decided outside.
 
 A stream that brings more than its credit is held back: its thread waits in `reserve`, nobody reads on, and gRPC's own
 flow control stops the sender. Never held back is what is *due*: what belongs to the micro-batch that the compute thread
@@ -24,7 +25,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from gradwire_protocol.errors import Aborted, GradwireError, LimitExceeded
 from gradwire_protocol.v1 import tensors_pb2 as pb
@@ -38,6 +39,40 @@ OVERHEAD_BYTES = 1024
 CREDIT_BYTES = 64 * 2**20
 MAXIMUM_STREAMS = 256
 _STATE = frozenset({pb.DIRECTION_STATE, pb.DIRECTION_MOVED})
+
+
+class Bell(Protocol):
+    """What the compute thread waits at for messages. Rung by whoever brings one that it waits for."""
+
+    def ring(self) -> None:
+        """End the wait, or the next one. Any thread."""
+
+    def look(self) -> None:
+        """Take in what has come already. For the compute thread, as `wait` is."""
+
+    def wait(self) -> None:
+        """Wait until it is rung; may also return before that, when something has come."""
+
+
+class PlainBell:
+    """A bell where nothing but other threads brings messages."""
+
+    def __init__(self) -> None:
+        self._rung = threading.Event()
+
+    def ring(self) -> None:
+        self._rung.set()
+
+    def look(self) -> None:
+        """Other threads have put it into the mailbox."""
+
+    def wait(self) -> None:
+        self._rung.wait()
+        self._rung.clear()
+
+
+class HeldError(Exception):
+    """A stream would have to wait for room, and its thread must not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +107,7 @@ class Mailbox(Generic[Content]):
 
     `on_drop` gets the reason of every dropped message: "repeated", "late" or "released". bounds: how many messages of a
     source can lie untaken in a training step; where one is missing, the credit alone holds. stream_of: names the stream
-    that a message comes on.
+    that a message comes on. bell: where the compute thread waits.
     """
 
     def __init__(
@@ -84,6 +119,7 @@ class Mailbox(Generic[Content]):
         maximum_streams: int = MAXIMUM_STREAMS,
         bounds: Mapping[Source, int] = MappingProxyType({}),
         stream_of: Callable[[Key], Hashable] = lambda key: (key.direction in FROM_CLIENT, key.source_stage),
+        bell: Bell | None = None,
     ) -> None:
         self._maximum_bytes = maximum_bytes
         self._credit_bytes = credit_bytes
@@ -91,9 +127,9 @@ class Mailbox(Generic[Content]):
         self._on_drop = on_drop
         self._bounds = bounds
         self._stream_of = stream_of
-        lock = threading.Lock()
-        self._arrived = threading.Condition(lock)  # for the compute thread
-        self._room = threading.Condition(lock)  # for streams that are held back
+        self._bell = bell or PlainBell()
+        self._taker = 0  # the thread that waits, or has waited last
+        self._room = threading.Condition(threading.Lock())  # for streams that are held back
         self._held = 0
         self._streams: set[Inflow] = set()
         self._items: dict[Key, tuple[Content, int, Inflow | None]] = {}
@@ -118,7 +154,7 @@ class Mailbox(Generic[Content]):
 
     @property
     def held_streams(self) -> int:
-        """Streams that wait for room."""
+        """Threads that wait for room in `reserve`."""
         return self._held
 
     # --- streams
@@ -136,11 +172,15 @@ class Mailbox(Generic[Content]):
             self._streams.add(inflow)
             return inflow
 
-    def reserve(self, key: Key, payload_bytes: int, inflow: Inflow, *, answered: bool = False) -> Reservation | None:
+    def reserve(
+        self, key: Key, payload_bytes: int, inflow: Inflow, *, answered: bool = False, wait: bool = True
+    ) -> Reservation | None:
         """Take room for a message before its payload comes, waiting for it; None if the message is to be dropped.
 
         `answered`: its sender waits for an answer in the same step (a gradient is one), so that the schedule bounds how
-        many there are. LimitExceeded if there are more, or if there is no room at all; Aborted when the stream ends.
+        many there are. LimitExceeded if there are more, or if there is no room at all; Aborted when the stream ends;
+        without `wait`, HeldError where it would wait: it may be asked again, and gives way when the compute thread goes
+        on.
         """
         size = payload_bytes + OVERHEAD_BYTES
         source = Source.of(key)
@@ -158,6 +198,8 @@ class Mailbox(Generic[Content]):
                     break
                 if self._has_credit(inflow, size):
                     break
+                if not wait:
+                    raise HeldError
                 self._held += 1
                 try:
                     self._room.wait()
@@ -227,23 +269,31 @@ class Mailbox(Generic[Content]):
 
     def poll(self, key: Key) -> Content | None:
         """Take a message if it is here; None if not. Raises what the mailbox was closed with."""
-        with self._arrived:
-            return self._pop(key)
+        with self._room:
+            content = self._pop(key)
+        if content is None:
+            self._bell.look()
+            with self._room:
+                content = self._pop(key)
+        return content
 
     def take(self, key: Key) -> Content:
         """Take a message, waiting for it as long as it takes. Raises what the mailbox was closed with."""
-        with self._arrived:
+        with self._room:
             content = self._pop(key)
             if content is not None:
                 return content
+            self._taker = threading.get_ident()
             self._waiting = Waiting(key, time.monotonic())
             self._wake_streams()
-            try:
-                while (content := self._pop(key)) is None:
-                    self._arrived.wait()
-            finally:
-                self._waiting = None
-            return content
+        try:
+            while content is None:
+                self._bell.wait()
+                with self._room:
+                    content = self._pop(key)
+        finally:
+            self._waiting = None
+        return content
 
     def finish(self, entry: int) -> None:
         """Forget what belongs to this entry and all before it; more of them is late from now on."""
@@ -266,7 +316,7 @@ class Mailbox(Generic[Content]):
             self._items.clear()
             self._taken.clear()
             self._untaken.clear()
-            self._arrived.notify_all()
+            self._bell.ring()
             self._room.notify_all()
 
     # --- all with the lock
@@ -274,7 +324,8 @@ class Mailbox(Generic[Content]):
     def _announce(self, key: Key) -> None:
         if self._waiting is not None and self._waiting.key == key:
             self._waiting = None  # from now on its stream may be held back again
-            self._arrived.notify()
+            if self._taker != threading.get_ident():
+                self._bell.ring()
 
     def _wake_streams(self) -> None:
         if self._held:

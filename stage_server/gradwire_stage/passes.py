@@ -15,10 +15,11 @@ from gradwire_protocol.errors import FrameError, PlanError
 from gradwire_protocol.v1 import graph_pb2, run_pb2
 from gradwire_protocol.v1 import tensors_pb2 as pb
 from gradwire_stage import timeline as phases
+from gradwire_stage.headers import Value
 from gradwire_stage.keys import Key
 from gradwire_stage.optimizer import StateValue
 from gradwire_stage.outbox import Result
-from gradwire_stage.peers import Incoming, Value
+from gradwire_stage.peers import Incoming
 from gradwire_stage.recomputation import Inputs
 from gradwire_stage.routes import Input
 from gradwire_stage.run_state import RunState

@@ -17,22 +17,20 @@ from typing import Any
 import structlog
 import torch
 
-from gradwire_protocol.codecs import set_codec
 from gradwire_protocol.delivery import Delivered, FrameSender, Payload
 from gradwire_protocol.errors import GradwireError
-from gradwire_protocol.torch_tensors import dense, tensor_info
+from gradwire_protocol.torch_tensors import dense
 from gradwire_protocol.v1 import stage_pb2
 from gradwire_protocol.v1 import tensors_pb2 as pb
 from gradwire_stage.arrivals import EXCHANGE
 from gradwire_stage.codecs.registry import encode
 from gradwire_stage.device import Arrived, Device
+from gradwire_stage.headers import Headers, Number, Value
 from gradwire_stage.keys import Key
 from gradwire_stage.local_connector import LocalConnector
 from gradwire_stage.mailbox import Mailbox
 from gradwire_stage.shared_memory import SharedMemory, SharedSender, offers_to
 
-Number = int | float | bool
-Value = torch.Tensor | Number
 # What lies in a mailbox: a tensor on its way to the device and whether its sender wants a gradient, a number, or
 # `ABSENT`.
 Incoming = tuple[Arrived, bool] | Number | pb.Absent
@@ -45,22 +43,6 @@ SEND_BYTES = 128 * 2**20
 _AT_ONCE_BYTES = 64 * 2**10
 
 _log = structlog.get_logger(__name__)
-
-
-def make_header(run: str, generation: int, key: Key, value: Value | None) -> pb.TensorHeader:
-    """Return the header that carries a dense tensor, a number, or the statement that there is none."""
-    header = pb.TensorHeader(key=key.to_proto(run, generation))
-    if isinstance(value, torch.Tensor):
-        header.tensor.CopyFrom(tensor_info(value))
-    elif value is None:
-        header.absent.SetInParent()
-    elif isinstance(value, bool):  # a bool is an int too
-        header.boolean = value
-    elif isinstance(value, int):
-        header.integer = value
-    else:
-        header.real = value
-    return header
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +80,7 @@ class Peers:
     ) -> None:
         self._run = run
         self._generation = generation
+        self._headers = Headers(run, generation)
         self._own = own
         self._addresses = addresses
         self._open_channel = open_channel
@@ -125,18 +108,17 @@ class Peers:
         Waits, within `pause`, while a server has not receipted so much that this would be above `send_bytes`.
         codecs: of floating tensors, by server; servers with the same one get the same bytes.
         """
-        payloads: dict[pb.Codec, Payload] = {}
+        payloads: dict[int, Payload] = {}
         if isinstance(value, torch.Tensor):
             value = dense(value)
         for server in servers:
             if server == self._own:
                 self._mailbox.put(key, self._local(value))
                 continue
-            # A header of its own for each: it carries the position on the stream.
-            header = make_header(self._run, self._generation, key, value)
+            header = self._headers.of(key, value, codecs.get(server, pb.CODEC_NONE))
             payload = None
             if isinstance(value, torch.Tensor):
-                codec = set_codec(header.tensor, codecs.get(server, pb.CODEC_NONE), value.numel())
+                codec = header.tensor.codec
                 payload = payloads.get(codec)
                 if payload is None:
                     encoded = value if codec == pb.CODEC_NONE else encode(codec, value)

@@ -54,24 +54,28 @@ class Scope:
         self._step = step
         self._micro_batch = micro_batch
         self._precision = precision
-        self._around = contextlib.ExitStack()
-        self._entered = contextlib.ExitStack()
+        # Made only where there is something to enter: most passes have no region at all.
+        self._around: contextlib.ExitStack | None = None
+        self._entered: contextlib.ExitStack | None = None
 
     def __enter__(self) -> Scope:
         if self._precision is not None:
+            self._around = contextlib.ExitStack()
             self._around.enter_context(torch.autocast(self._device.type, dtype=self._precision))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._entered.close()
-        self._around.close()
+        self._leave()
+        if self._around is not None:
+            self._around.close()
 
     def enter(self, number: int) -> None:
         """Enter region `number`, after leaving the one before."""
-        self._entered.close()
+        self._leave()
         region = self._regions[number]
+        self._entered = contextlib.ExitStack()
         if region.no_grad:
             self._entered.enter_context(torch.no_grad())
         for dtype, enabled in region.autocast:
@@ -80,6 +84,11 @@ class Scope:
     def seed(self, node: int) -> None:
         """Seed the generator for a node."""
         self._randomness.seed(self._step, self._micro_batch, node)
+
+    def _leave(self) -> None:
+        if self._entered is not None:
+            self._entered.close()
+            self._entered = None
 
 
 def enter(scope: Scope, number: int) -> None:

@@ -31,13 +31,14 @@ from gradwire_stage.checkpoint_writer import CheckpointWriter
 from gradwire_stage.checks import check_bounds, check_memory, check_prepare
 from gradwire_stage.codecs.registry import unpack
 from gradwire_stage.device import Device
+from gradwire_stage.headers import Value, make_header
 from gradwire_stage.kept_state import KeptState
 from gradwire_stage.keys import FROM_CLIENT, Key
-from gradwire_stage.mailbox import CREDIT_BYTES, Inflow, Mailbox, Reservation
+from gradwire_stage.mailbox import CREDIT_BYTES, Bell, Inflow, Mailbox, Reservation
 from gradwire_stage.metrics import StageMetrics
 from gradwire_stage.optimizer import StageOptimizer
 from gradwire_stage.outbox import Outbox, Result
-from gradwire_stage.peers import ABSENT, SEND_BYTES, Incoming, Peers, Value, make_header
+from gradwire_stage.peers import ABSENT, SEND_BYTES, Incoming, Peers
 from gradwire_stage.routes import routes_of
 from gradwire_stage.segment import BuiltSegment
 from gradwire_stage.shared_memory import SharedMemory
@@ -85,6 +86,7 @@ class RunState:
         operators: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
         shared_memory: SharedMemory,
         tensor_bytes: int,
+        bell: Bell | None = None,
         kept: KeptState | None = None,
     ) -> None:
         own = check_prepare(request, server)
@@ -160,6 +162,7 @@ class RunState:
             maximum_streams=4 * len(request.peers) + 4,
             bounds=self._arrivals.bounds,
             stream_of=self._arrivals.stream,
+            bell=bell,
         )
         self.outbox = Outbox(outbox_bytes)
         self.shared = SharedReceiver(shared_memory, self.other_servers, tensor_bytes)
@@ -189,14 +192,14 @@ class RunState:
         else:
             self.progress.advance()
 
-    def admit(self, header: pb.TensorHeader, payload_bytes: int, inflow: Inflow) -> Reservation | None:
+    def admit(self, header: pb.TensorHeader, payload_bytes: int, inflow: Inflow, *, wait: bool) -> Reservation | None:
         """Take room for a message of this run and generation, waiting for it; None: it is to be dropped.
 
-        FrameError if it cannot be meant for this server, LimitExceeded if it is too much.
+        FrameError if it cannot be meant for this server, LimitExceeded if it is too much; without `wait`, HeldError.
         """
         key = key_of(header)
         self._arrivals.check(key)
-        return self.mailbox.reserve(key, payload_bytes, inflow, answered=is_answered(header))
+        return self.mailbox.reserve(key, payload_bytes, inflow, answered=is_answered(header), wait=wait)
 
     def accept(self, message: Message, reservation: Reservation) -> None:
         """Take a whole message that was admitted. FrameError if its content cannot be what it says."""
@@ -337,8 +340,7 @@ class RunState:
         self._dropped.labels(reason).inc()
 
     def _sent(self, server: str, delivered: Delivered) -> None:
-        header = delivered.header
-        self.metrics.sent(server, header.key.direction, header.tensor.codec, delivered.size_bytes, delivered.seconds)
-        if header.tensor.HasField("shared"):
+        self.metrics.sent(server, delivered.direction, delivered.codec, delivered.size_bytes, delivered.seconds)
+        if delivered.shared:
             self.metrics.shared(server, delivered.size_bytes)
         self.progress.advance()

@@ -6,10 +6,10 @@ Leaves to the executor where values come from and go to, and to the optimizer wh
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -24,6 +24,20 @@ from gradwire_stage.regions import Scope
 from gradwire_stage.split_backward import WeightGradients, run_input_part
 
 Value = torch.Tensor | int | float | bool
+
+
+class _Parts(NamedTuple):
+    """Names of the values that leave a segment, by what they are for."""
+
+    outgoing: tuple[str, ...]
+    results: tuple[str, ...]
+    loss: str
+    loss_weight: str
+
+    @classmethod
+    def of(cls, segment: pb.Segment) -> _Parts:
+        outgoing, results = (tuple(item.value for item in items) for items in (segment.outgoing, segment.results))
+        return cls(outgoing, results, segment.loss, segment.loss_weight)
 
 
 class BuiltSegment:
@@ -43,7 +57,7 @@ class BuiltSegment:
         precision: run forwards under autocast to this type. custom: operators that are admitted besides the
         allow-list, by target. ModelError for anything that is not allowed or does not fit together.
         """
-        self._segment = segment
+        self._parts = _Parts.of(segment)
         self._tensors = tensors
         self._device = device
         uses = value_names(segment.tensors)
@@ -59,7 +73,7 @@ class BuiltSegment:
         self._cloned = frozenset(segment.mutated_inputs).intersection(self._incoming)
         # A value with a later consumer gets that consumer's gradient through a relay made behind this segment's own
         # uses, so that the sum has the order that it has in one process.
-        self._relayed = frozenset(item.value for item in segment.incoming if item.HasField("gradient_from_stage"))
+        self._relayed = tuple(item.value for item in segment.incoming if item.HasField("gradient_from_stage"))
         self._updates = {item.value: item.tensor for item in segment.buffer_updates}
         wanted = [item.value for item in segment.outgoing] + [item.value for item in segment.results]
         wanted += [value for value in (segment.loss, segment.loss_weight) if value] + list(self._updates)
@@ -96,8 +110,11 @@ class BuiltSegment:
         """Run the nodes; return the pass, and the new versions of the buffers that it changed."""
         gradients: dict[str, torch.Tensor] = {}
         entering: dict[str, Value] = {}
-        tensors = dict(zip(self._names, inputs.tensors, strict=True))
-        written = self._buffers.copies(tensors)
+        own: Sequence[torch.Tensor] = inputs.tensors
+        written = self._buffers.copies(self._names, own)
+        if written:
+            own = [written.get(name, tensor) for name, tensor in zip(self._names, own, strict=True)]
+        relays: dict[str, torch.Tensor] = {}
         with (
             torch.set_grad_enabled(record),
             Scope(
@@ -106,20 +123,18 @@ class BuiltSegment:
         ):
             for name in self._incoming:
                 entering[name] = self._enter(name, inputs.values[name], record, gradients)
-            own = [written.get(name, tensor) for name, tensor in tensors.items()]
             try:
                 made = self._rebuilt.call(scope, *own, *entering.values())
             except Exception as error:
                 raise located(error, self._rebuilt.nodes, "A segment") from error
-            outputs = dict(zip(self._outputs, made, strict=True))
-            relays = {
-                name: torch.ops.aten.alias.default(value)
-                for name, value in entering.items()
-                if name in self._relayed and isinstance(value, torch.Tensor) and value.requires_grad
-            }
+            for name in self._relayed:
+                value = entering[name]
+                if isinstance(value, torch.Tensor) and value.requires_grad:
+                    relays[name] = torch.ops.aten.alias.default(value)
+        outputs = dict(zip(self._outputs, made, strict=True))
         # What was assigned counts after what was written in place.
-        changed = written | {tensor: outputs[value] for value, tensor in self._updates.items()}
-        return SegmentPass(self._segment, entering, outputs, relays, gradients), changed
+        written |= {tensor: outputs[name] for name, tensor in self._updates.items()}
+        return SegmentPass(self._parts, entering, outputs, relays, gradients), written
 
     def _enter(self, name: str, value: Value, record: bool, gradients: dict[str, torch.Tensor]) -> Value:
         """Hand a value to the code: cloned if written to; never as a leaf, whose gradient would take its layout.
@@ -132,7 +147,9 @@ class BuiltSegment:
             return value.detach().clone()
         if not (record and value.requires_grad):
             return value.detach()
-        alias: torch.Tensor = torch.ops.aten.alias.default(value.detach().requires_grad_())
+        leaf = value.detach().requires_grad_()
+        # The same as an alias, which as an operator of torch.ops is called by a longer way.
+        alias = leaf.view_as(leaf)
         alias.register_hook(partial(gradients.__setitem__, name))  # type: ignore[no-untyped-call]
         return alias
 
@@ -142,18 +159,18 @@ class SegmentPass:
 
     def __init__(
         self,
-        segment: pb.Segment,
+        parts: _Parts,
         entering: Mapping[str, Value],
         outputs: Mapping[str, Value],
-        relays: Mapping[str, torch.Tensor],
+        relays: dict[str, torch.Tensor],
         gradients: dict[str, torch.Tensor],
     ) -> None:
-        self.outgoing: dict[str, Value] = {item.value: outputs[item.value] for item in segment.outgoing}
-        self.loss = _tensor(outputs[segment.loss]) if segment.loss else None
-        self.loss_weight: Value | None = outputs[segment.loss_weight] if segment.loss_weight else None
-        self.results: dict[str, Value] = {item.value: _detached(outputs[item.value]) for item in segment.results}
+        self.outgoing: dict[str, Value] = {name: outputs[name] for name in parts.outgoing}
+        self.loss = _tensor(outputs[parts.loss]) if parts.loss else None
+        self.loss_weight: Value | None = outputs[parts.loss_weight] if parts.loss_weight else None
+        self.results: dict[str, Value] = {name: _detached(outputs[name]) for name in parts.results}
         self._wanting = [name for name, value in entering.items() if _requires_grad(value)]
-        self._relays = dict(relays)
+        self._relays = relays
         self._gradients = gradients
         # Of a pass without backward: what to run it again from.
         self.inputs: Inputs | None = None

@@ -330,6 +330,7 @@ class StageService(stage_pb2_grpc.StageServiceServicer):
             operators=self._operators,
             shared_memory=self._shared_memory,
             tensor_bytes=self._limits.tensor_bytes,
+            bell=self._local_streams.bell,
             kept=kept,
         )
 

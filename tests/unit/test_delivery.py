@@ -1,11 +1,13 @@
 """Senders against a real receiver, over gRPC and over a local socket: order, receipts, back-pressure, failures."""
 
+import socket
 import threading
 import time
 from concurrent import futures
 
 import grpc
 import pytest
+from local_frames import local_frames
 
 from gradwire_protocol.channels import bind, open_channel
 from gradwire_protocol.delivery import FrameSender
@@ -52,13 +54,13 @@ class Receiver(stage_pb2_grpc.StageServiceServicer):
 
     def connect(self):
         own, other = connected_pair()
-        self.local = ReceivingEnd(other)
-        threading.Thread(target=self.serve_local, args=(self.local,)).start()
+        self.local = other
+        threading.Thread(target=self.serve_local, args=(ReceivingEnd(other),)).start()
         return own
 
     def serve_local(self, end):
         try:
-            for whole in self.take(end.frames()):
+            for whole in self.take(local_frames(end)):
                 end.receipt(whole.header.sequence, whole.header.tensor.size_bytes)
             end.send_receipts()
         except GradwireError as error:
@@ -70,7 +72,7 @@ class Receiver(stage_pb2_grpc.StageServiceServicer):
 
     def vanish(self):
         if self.local is not None:
-            self.local.cancel()
+            self.local.shutdown(socket.SHUT_RDWR)
         else:
             self.server.stop(None).wait()
 

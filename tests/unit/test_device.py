@@ -11,13 +11,23 @@ from gradwire_stage.device import CpuDevice, open_device
 
 def test_payloads_are_the_tensors_own_memory() -> None:
     device = CpuDevice(1)
-    tensor = torch.arange(6, dtype=torch.float32).reshape(2, 3).t()
+    tensor = torch.arange(6000, dtype=torch.float32).reshape(2, 3000).t()
     payload = device.payload(tensor)
     assert isinstance(payload, memoryview)
-    assert payload.nbytes == 24
+    assert payload.nbytes == 24000
     tensor[0, 0] = 5
     assert payload.cast("B").cast("f")[0] == 5
     assert device.claim(device.receive(tensor)) is tensor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64, torch.bool])
+def test_few_bytes_are_a_copy_in_memory_order(dtype: torch.dtype) -> None:
+    tensor = torch.tensor([[1, 0, 2], [0, 3, 4]]).to(dtype)
+    for made in (tensor, tensor.t(), tensor[1:], tensor[:0]):
+        payload = CpuDevice(1).payload(made)
+        assert isinstance(payload, memoryview)
+        first = made.storage_offset() * made.element_size()
+        assert payload.tobytes() == bytes(tensor.untyped_storage())[first : first + made.nbytes]
 
 
 def test_numbers_come_in_order_and_keep_their_precision() -> None:

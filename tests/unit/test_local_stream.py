@@ -7,6 +7,7 @@ import threading
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from local_frames import local_frames
 
 from gradwire_protocol.errors import FrameError, InternalError, LimitExceeded
 from gradwire_protocol.local_stream import (
@@ -38,7 +39,8 @@ def test_frames_arrive_as_they_were_written(sizes, at_once):
 
     def write():
         if at_once:
-            sending.write_rest(sending.try_write(frames))
+            for frame in frames:
+                sending.write_rest(sending.try_write(frame))
         else:
             for frame in frames:
                 sending.write(frame)
@@ -46,7 +48,7 @@ def test_frames_arrive_as_they_were_written(sizes, at_once):
 
     writer = threading.Thread(target=write)
     writer.start()
-    assert list(receiving.frames()) == frames
+    assert list(local_frames(receiving)) == frames
     writer.join()
     receiving.close()
     sending.release()
@@ -76,7 +78,7 @@ def test_what_no_honest_sender_writes_is_refused_before_anything_is_allocated(en
     sending, receiving = ends
     sending._connection.sendall(struct.pack("<I", MAXIMUM_FRAME_BYTES + 1))
     with pytest.raises(FrameError, match="too large"):
-        next(receiving.frames())
+        next(local_frames(receiving))
 
 
 @pytest.mark.parametrize("written", [b"\x01", struct.pack("<I", 10) + b"abc", struct.pack("<I", 200_000) + b"abc"])
@@ -85,14 +87,38 @@ def test_a_stream_that_ends_inside_a_frame_is_refused(ends, written):
     sending._connection.sendall(written)
     sending._connection.shutdown(socket.SHUT_WR)
     with pytest.raises(FrameError, match="ended inside a frame"):
-        list(receiving.frames())
+        list(local_frames(receiving))
 
 
 def test_what_finds_no_room_is_left(ends):
     sending, receiving = ends
     frame = bytes(MAXIMUM_FRAME_BYTES)
-    rest = sending.try_write([frame])
+    rest = sending.try_write(frame)
     assert 0 < len(rest) < len(frame)
-    assert sending.try_write([b"more"]) == struct.pack("<I", 4) + b"more"
+    assert sending.try_write(b"more") == struct.pack("<I", 4) + b"more"
     threading.Thread(target=sending.write_rest, args=(rest,)).start()
-    assert next(receiving.frames()) == frame
+    assert next(local_frames(receiving)) == frame
+
+
+def test_who_stops_early_gets_the_rest_next_time(ends):
+    sending, receiving = ends
+    for frame in (b"one", b"two", b"three"):
+        sending.write(frame)
+    assert next(receiving.read()) == b"one"
+    assert list(receiving.read()) == [b"two", b"three"]
+    assert list(receiving.read()) == []
+    assert not receiving.ended
+    sending.end()
+    assert list(receiving.read()) == []
+    assert receiving.ended
+
+
+def test_receipts_that_nobody_reads_end_the_stream(ends):
+    _, receiving = ends
+
+    def receipt_all():
+        for sequence in range(2**20):
+            receiving.receipt(sequence, 0)
+
+    with pytest.raises(FrameError, match="does not read its receipts"):
+        receipt_all()

@@ -63,6 +63,13 @@ def test_what_is_not_dense_is_copied_first():
     assert dense(whole) is whole
 
 
+@pytest.mark.parametrize("size", [3, 5000])
+def test_what_is_only_to_be_conjugated_travels_as_it_is_read(size):
+    conjugated = torch.randn(size, 2, dtype=torch.complex64).conj()
+    for tensor in (conjugated, conjugated.imag):
+        assert torch.equal(tensor_from(travel(dense(tensor))), tensor)
+
+
 def test_types_that_cannot_travel_are_refused():
     with pytest.raises(FrameError, match="cannot travel"):
         tensor_info(torch.empty(1, dtype=torch.uint16))
