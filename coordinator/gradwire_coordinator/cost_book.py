@@ -1,7 +1,8 @@
-"""What graphs cost on the makes of devices that are to run them: asked of one server of each make, and remembered.
+"""What graphs cost on the makes of devices that are to run them: asked of servers of each make, and remembered.
 
-Leaves to others: what follows from it (`costs.py`), and measuring (gradwire_stage.profiling). Whatever goes wrong is
-logged, and costs are then what the shapes say.
+Servers of one host measure at the same time, as they will compute: they share its memory and caches. Leaves to others:
+what follows from it (`costs.py`), and measuring (gradwire_stage.profiling). Whatever goes wrong is logged, and then
+costs are what the shapes say.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import structlog
 
 from gradwire_coordinator.cost_files import CostFiles
 from gradwire_coordinator.costs import DeviceMake, NodeCosts, node_costs, rows_per_micro_batch, trained_tensors
-from gradwire_coordinator.measured_costs import MeasuredGroups, failures, group_ends, read_reply
+from gradwire_coordinator.measured_costs import MeasuredGroups, average, failures, group_ends, read_reply
 from gradwire_coordinator.model_checks import IndexedModel
 from gradwire_coordinator.registry import Server
 from gradwire_protocol.channels import parse_address
@@ -38,6 +39,8 @@ _MOST_GROUPS = 500
 # Beyond the time to measure in: for an operator that cannot be interrupted.
 _PATIENCE_SECONDS = 10.0
 _REMEMBERED = 64
+# Servers of one make that measure, at most; more hardly say more.
+_TOGETHER = 4
 # In a line of the log.
 _SHOWN_REASONS = 3
 
@@ -99,31 +102,25 @@ class CostBook:
         graph = _bare(indexed.train.graph)
         name = _graph_hash(graph, indexed)
         found: dict[DeviceMake, MeasuredGroups] = {}
-        asked: dict[DeviceMake, tuple[Server, NodeCosts]] = {}
+        asked: dict[DeviceMake, list[tuple[Server, NodeCosts]]] = {}
         for server, costs in zip(servers, estimates, strict=True):
             make = DeviceMake.of(server.device)
-            if make in found or make in asked:
-                continue
-            known = self._recall(_Key(name, make, server.version, precision), costs.rows)
-            if known is not None:
-                found[make] = known
-            else:
-                asked[make] = (server, costs)
-        # Makes on one host take turns: they would slow each other down.
-        by_host: dict[str, list[DeviceMake]] = {}
-        for make, (server, _) in asked.items():
-            by_host.setdefault(parse_address(server.address)[0], []).append(make)
-
-        def measure(makes: Sequence[DeviceMake]) -> None:
-            for make in makes:
-                server, costs = asked[make]
-                made = self._measure(server, indexed, graph, costs, precision)
+            if make not in found and make not in asked:
+                known = self._recall(_Key(name, make, server.version, precision), costs.rows)
+                if known is not None:
+                    found[make] = known
+            if make not in found:
+                asked.setdefault(make, []).append((server, costs))
+        every = [pair for make in asked.values() for pair in _together(make)]
+        with ThreadPoolExecutor(max(1, len(every)), thread_name_prefix="profile") as pool:
+            replies = pool.map(lambda pair: self._measure(pair[0], indexed, graph, pair[1], precision), every)
+            of_make: dict[DeviceMake, list[MeasuredGroups]] = {}
+            for (server, _), made in zip(every, replies, strict=True):
                 if made is not None:
-                    self._remember(_Key(name, make, server.version, precision), made)
-                    found[make] = made
-
-        with ThreadPoolExecutor(max(1, len(by_host)), thread_name_prefix="profile") as pool:
-            list(pool.map(measure, by_host.values()))
+                    of_make.setdefault(DeviceMake.of(server.device), []).append(made)
+        for make, several in of_make.items():
+            found[make] = average(several)
+            self._remember(_Key(name, make, asked[make][0][0].version, precision), found[make])
         return found
 
     def _measure(
@@ -199,6 +196,12 @@ class CostBook:
         self._known.move_to_end(name)
         while len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)
+
+
+def _together(servers: Sequence[tuple[Server, NodeCosts]]) -> list[tuple[Server, NodeCosts]]:
+    """Return which servers of a make are asked: some that share the host of the first."""
+    host = parse_address(servers[0][0].address)[0]
+    return [pair for pair in servers if parse_address(pair[0].address)[0] == host][:_TOGETHER]
 
 
 def _bare(graph: graph_pb2.Graph) -> graph_pb2.Graph:

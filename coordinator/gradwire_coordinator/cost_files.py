@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import structlog
 
-from gradwire_coordinator.measured_costs import Cost, MeasuredGroups
+from gradwire_coordinator.measured_costs import ActionSeconds, Cost, MeasuredGroups
 
 # The oldest go.
 MAXIMUM_FILES = 256
@@ -35,16 +35,17 @@ class CostFiles:
                 ends, rows = stored["ends"].tolist(), stored["rows"].tolist()
                 fixed, per_row = stored["fixed"].astype(np.float64), stored["per_row"].astype(np.float64)
                 is_measured = stored["is_measured"].astype(np.bool_)
+                action = ActionSeconds(*stored["action"].astype(np.float64).tolist())
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
             _log.warning("a file of measured costs cannot be read", path=str(path), error=str(error))
             return None
         shape = (len(Cost), len(ends))
         if fixed.shape != shape or per_row.shape != shape or is_measured.shape != shape[1:] or not rows:
             _log.warning("a file of measured costs makes no sense", path=str(path))
             return None
-        return MeasuredGroups(tuple(ends), tuple(rows), fixed, per_row, is_measured)
+        return MeasuredGroups(tuple(ends), tuple(rows), fixed, per_row, is_measured, action)
 
     def write(self, name: str, groups: MeasuredGroups) -> None:
         """Keep something under a name, in place of what was there."""
@@ -59,6 +60,7 @@ class CostFiles:
                     fixed=groups.fixed,
                     per_row=groups.per_row,
                     is_measured=groups.is_measured,
+                    action=np.array(groups.action),
                 )
             os.replace(unfinished, self._directory / f"{name}{_SUFFIX}")
             files = sorted(self._directory.glob(f"*{_SUFFIX}"), key=lambda path: path.stat().st_mtime)

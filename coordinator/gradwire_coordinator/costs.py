@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gradwire_coordinator.graph_index import GraphIndex, can_need_gradient, read_values, value_bytes
-from gradwire_coordinator.measured_costs import Cost, Floats, Integers, MeasuredGroups
+from gradwire_coordinator.measured_costs import NOTHING_BESIDE, ActionSeconds, Cost, Floats, Integers, MeasuredGroups
 from gradwire_protocol.operators import is_custom
 from gradwire_protocol.v1 import coordinator_pb2, graph_pb2
 
@@ -28,6 +28,8 @@ SPLIT_COST = 1.03
 LINK_BYTES_PER_SECOND = 1e9
 # Calling an operator costs this, however small its tensors. Of operators that are not torch's nothing else is known.
 _NODE_SECONDS, _CUSTOM_NODE_SECONDS = 10e-6, 100e-6
+# An action beside its nodes, on a modest processor.
+_ACTION = ActionSeconds(forward=1e-4, backward=1e-4, weight_gradient=2e-5, receive=1e-4, send=1e-4)
 # Where a server measured nothing: (operations a second, bytes a second) of a modest device of its kind.
 _DEFAULT_RATES = {"cpu": (2e10, 5e9), "cuda": (1e13, 5e11)}
 
@@ -61,6 +63,7 @@ class NodeCosts:
     held_bytes: Integers
     # MEASURED, where some of it was, or ESTIMATED.
     source: str
+    action: ActionSeconds = NOTHING_BESIDE
 
     @property
     def backward(self) -> Floats:
@@ -163,7 +166,9 @@ def _estimated(index: GraphIndex, trained: Collection[str], rows: int, rates: Ra
         else 0
         for node, seconds in zip(nodes, backward, strict=True)
     ]
-    return NodeCosts(rows, forward, backward - weight_gradient, weight_gradient, np.array(held, np.int64), ESTIMATED)
+    return NodeCosts(
+        rows, forward, backward - weight_gradient, weight_gradient, np.array(held, np.int64), ESTIMATED, _ACTION
+    )
 
 
 def _as_measured(estimated: NodeCosts, groups: MeasuredGroups) -> NodeCosts:
@@ -177,6 +182,7 @@ def _as_measured(estimated: NodeCosts, groups: MeasuredGroups) -> NodeCosts:
         weight_gradient=groups.share_out(Cost.WEIGHT_GRADIENT, rows, estimated.weight_gradient),
         held_bytes=np.rint(held).astype(np.int64),
         source=MEASURED,
+        action=groups.action,
     )
 
 

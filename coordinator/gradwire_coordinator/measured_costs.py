@@ -5,9 +5,11 @@ Pure. Leaves to others: asking for it (`cost_book.py`), and what the shapes say 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +33,19 @@ class Cost(IntEnum):
     HELD_BYTES = 3
 
 
+class ActionSeconds(NamedTuple):
+    """What an action takes beside its nodes: F, B or I, and W; a message taken in from another server, and one sent."""
+
+    forward: float
+    backward: float
+    weight_gradient: float
+    receive: float
+    send: float
+
+
+NOTHING_BESIDE = ActionSeconds(0.0, 0.0, 0.0, 0.0, 0.0)
+
+
 @dataclass(frozen=True, eq=False)
 class MeasuredGroups:
     """Costs of groups of nodes, as fixed + per_row × rows, neither below 0. Arrays are (costs, groups), of Cost."""
@@ -43,6 +58,7 @@ class MeasuredGroups:
     per_row: Floats
     # (groups,); the others' costs have no meaning.
     is_measured: npt.NDArray[np.bool_]
+    action: ActionSeconds
 
     def covers(self, rows: int) -> bool:
         """Whether so many rows are near enough to what was measured."""
@@ -101,8 +117,32 @@ def read_reply(
     if not (np.isfinite(numbers).all() and (numbers >= 0).all()):
         raise FrameError(f"{server} measured nothing sensible", expected="finite numbers, none negative")
     measured = np.array([[not group.failure for group in by_rows[count]] for count in sorted(rows)])
+    made = reply.action
+    action = ActionSeconds(
+        made.forward_seconds,
+        made.input_gradient_seconds,
+        made.weight_gradient_seconds,
+        made.receive_seconds,
+        made.send_seconds,
+    )
+    if not all(math.isfinite(seconds) and seconds >= 0 for seconds in action):
+        raise FrameError(f"{server} measured nothing sensible of an action", expected="finite numbers, none negative")
     fixed, per_row = fit(sorted(rows), numbers.transpose(0, 2, 1), measured)
-    return MeasuredGroups(tuple(ends), tuple(sorted(rows)), fixed, per_row, np.logical_or.reduce(measured))
+    return MeasuredGroups(tuple(ends), tuple(sorted(rows)), fixed, per_row, np.logical_or.reduce(measured), action)
+
+
+def average(several: Sequence[MeasuredGroups]) -> MeasuredGroups:
+    """Return what servers of one make have measured at the same time, of the same groups and rows, on the average."""
+    first = several[0]
+    weights = np.stack([each.is_measured for each in several]).astype(np.float64)
+    total = weights.sum(axis=0)
+    shares = _divide(weights, np.broadcast_to(total, weights.shape))
+    fixed, per_row = (
+        np.einsum("scg,sg->cg", np.stack(parts), shares)
+        for parts in ([each.fixed for each in several], [each.per_row for each in several])
+    )
+    action = ActionSeconds(*(float(np.mean(part)) for part in zip(*(each.action for each in several), strict=True)))
+    return MeasuredGroups(first.ends, first.rows, fixed, per_row, total > 0, action)
 
 
 def fit(rows: Sequence[int], numbers: Floats, measured: npt.NDArray[np.bool_]) -> tuple[Floats, Floats]:

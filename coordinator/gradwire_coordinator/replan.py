@@ -27,6 +27,8 @@ from gradwire_protocol.v1 import run_pb2, stage_pb2
 
 # The newest steps that count.
 _MOST_STEPS = 50
+# Of the busiest server's work, what every other is taken to have done, too.
+_ALSO_DONE = 0.1
 _FORWARD, _BACKWARD = ("forward",), ("backward", "weight")
 
 
@@ -147,17 +149,26 @@ def _changed(request: pb.CreateRunRequest, cuts: Sequence[int], schedule: str) -
 
 def _as_measured(basis: Basis) -> Servers:
     """Return what is known of the servers, with their costs multiplied by how much longer their steps took."""
-    steps = list(basis.steps)
-    costs = []
-    for position, (predicted, known) in enumerate(zip(_predicted(basis), basis.planned.cut.servers.costs, strict=True)):
-        measured = Work(*(median(step[position][part] for step in steps) for part in range(len(Work._fields))))
-        if basis.request.plan.recompute:
-            # Forwards that are run again count as forward where measured, and as backward where predicted.
-            factors = Work(*[_factor(sum(measured), sum(predicted))] * 2)
-        else:
-            factors = Work(*(_factor(*pair) for pair in zip(measured, predicted, strict=True)))
-        costs.append(_scaled(known, factors))
-    return dataclasses.replace(basis.planned.cut.servers, costs=costs, order_is_fixed=True)
+    predicted = _predicted(basis)
+    measured = [
+        Work(*(median(step[position][part] for step in basis.steps) for part in range(len(Work._fields))))
+        for position in range(len(predicted))
+    ]
+    if basis.request.plan.recompute:
+        # Forwards that are run again count as forward where measured, and as backward where predicted.
+        factors = [Work(factor, factor) for factor in _factors([*map(sum, measured)], [*map(sum, predicted)])]
+    else:
+        factors = [
+            Work(*pair)
+            for pair in zip(
+                _factors([each.forward for each in measured], [each.forward for each in predicted]),
+                _factors([each.backward for each in measured], [each.backward for each in predicted]),
+                strict=True,
+            )
+        ]
+    servers = basis.planned.cut.servers
+    costs = [_scaled(known, own) for known, own in zip(servers.costs, factors, strict=True)]
+    return dataclasses.replace(servers, costs=costs, order_is_fixed=True)
 
 
 def _predicted(basis: Basis) -> list[Work]:
@@ -178,8 +189,17 @@ def _predicted(basis: Basis) -> list[Work]:
     return found
 
 
-def _factor(measured: float, predicted: float) -> float:
-    return measured / predicted if measured > 0 and predicted > 0 else 1.0
+def _factors(measured: Sequence[float], predicted: Sequence[float]) -> list[float]:
+    """Return by how much longer each server takes for its work than predicted.
+
+    A server that does little says little of what it would take for more: it counts as if it had also done some of what
+    the busiest one does, as fast as all of them on the average.
+    """
+    if not (sum(measured) > 0 and sum(predicted) > 0):
+        return [1.0] * len(measured)
+    overall = sum(measured) / sum(predicted)
+    also = _ALSO_DONE * max(predicted)
+    return [(took + overall * also) / (expected + also) for took, expected in zip(measured, predicted, strict=True)]
 
 
 def _scaled(costs: NodeCosts, factors: Work) -> NodeCosts:

@@ -22,7 +22,7 @@ from gradwire_protocol.v1 import stage_pb2
 
 
 def stage_seconds(costs: Sequence[NodeCosts], cuts: Sequence[int], recomputes: Sequence[bool]) -> list[StageSeconds]:
-    """Return what a micro-batch takes on each stage, without transfers.
+    """Return what a micro-batch takes on each stage, without messages and transfers.
 
     costs: of the nodes on each stage's device. recomputes: which stages run each forward again; that counts as part of
     the backward, and of its first part.
@@ -33,8 +33,25 @@ def stage_seconds(costs: Sequence[NodeCosts], cuts: Sequence[int], recomputes: S
             float(part[first:end].sum())
             for part in (own.forward, own.backward, own.input_gradient, own.weight_gradient)
         )
-        more = forward * again
-        found.append(StageSeconds(forward, more + backward, more + input_gradient, weight_gradient))
+        action = own.action
+        forward += action.forward
+        more = forward * again + action.backward
+        found.append(
+            StageSeconds(forward, more + backward, more + input_gradient, weight_gradient + action.weight_gradient)
+        )
+    return found
+
+
+def with_messages(
+    seconds: Sequence[StageSeconds], costs: Sequence[NodeCosts], placement: Placement
+) -> list[StageSeconds]:
+    """Add what it takes each stage to get messages from stages on other servers, and to send them."""
+    found = []
+    for stage, (own, node_costs) in enumerate(zip(seconds, costs, strict=True)):
+        receive, send = node_costs.action.receive, node_costs.action.send
+        before = stage > 0 and placement[stage - 1] != placement[stage]
+        behind = stage + 1 < len(placement) and placement[stage + 1] != placement[stage]
+        found.append(own.plus(receive * before + send * behind, receive * behind + send * before))
     return found
 
 

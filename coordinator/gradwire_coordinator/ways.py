@@ -22,7 +22,14 @@ from gradwire_coordinator.placement import Placement, looped
 from gradwire_coordinator.programs import ChosenSchedule, recomputing_stages
 from gradwire_coordinator.segments import Segments, make_segments
 from gradwire_coordinator.simulator import StageSeconds
-from gradwire_coordinator.step_costs import rebuilt_bytes, reduce_seconds, stage_bytes, stage_seconds, step_costs
+from gradwire_coordinator.step_costs import (
+    rebuilt_bytes,
+    reduce_seconds,
+    stage_bytes,
+    stage_seconds,
+    step_costs,
+    with_messages,
+)
 from gradwire_protocol.errors import PlanError
 from gradwire_protocol.optimizer_state import StateBytes
 from gradwire_protocol.v1 import graph_pb2, run_pb2
@@ -58,7 +65,7 @@ class CutModel:
     servers: Servers
     devices: tuple[int, ...]
     segments: Segments
-    # Of a micro-batch on each stage, without transfers.
+    # Of a micro-batch on each stage, without messages and transfers.
     seconds: tuple[StageSeconds, ...]
     boundaries: Boundaries
     # The codec of each boundary.
@@ -140,7 +147,7 @@ def _cut(
         cuts=tuple(cuts),
         costs=step_costs(
             placement,
-            boundaries.loaded(codecs, stages, servers.rates, servers.links),
+            boundaries.loaded(codecs, with_messages(stages, of_nodes, placement), servers.rates, servers.links),
             held,
             reduce=reduce_seconds(segments, placement, servers.links),
             update=update,

@@ -17,6 +17,7 @@ from gradwire_protocol.v1 import stage_pb2
 from gradwire_stage import allocator
 from gradwire_stage.device import Device
 from gradwire_stage.optimizer import warm_up
+from gradwire_stage.profiling_actions import measure_action
 from gradwire_stage.profiling_checks import check_measure
 from gradwire_stage.profiling_clock import open_clock
 from gradwire_stage.profiling_groups import Grouping
@@ -48,7 +49,7 @@ def measure_costs(
     def measure(clock: Clock[Any]) -> stage_pb2.MeasureCostsReply:
         started = time.perf_counter()
         runner = GroupRunner(device.torch_device, clock, TORCH_TYPES.get(request.precision), operators)
-        reply = stage_pb2.MeasureCostsReply()
+        reply = stage_pb2.MeasureCostsReply(action=measure_action(device, clock))
         for number, rows in enumerate(request.rows, start=1):
             walk = Walk(
                 *(request.graph, tensors, grouping, groups, runner, Maker(device.torch_device)),

@@ -5,6 +5,7 @@ Leaves to others: which groups there are, and on what values (`profiling.py`).
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +14,13 @@ from typing import Any
 import torch
 
 from gradwire_protocol.v1 import stage_pb2
+from gradwire_stage.profiling_actions import empty_stage
 from gradwire_stage.profiling_held import Kept, SavedStorages, kept_of
 from gradwire_stage.segment import BuiltSegment, Value
 from gradwire_stage.timeline import Clock
 
-# The fastest run counts: whatever else a machine does can only slow one down. It is trusted when others agree with it:
-# so many runs are within this of it.
+# The median counts: in a run, too, others share the caches. It is trusted when so many runs are within this of the
+# fastest.
 _AGREEING_RUNS = 4
 _AGREEMENT = 1.05
 _MOST_RUNS = 50
@@ -98,20 +100,16 @@ class GroupRunner:
             made = built.forward(values, step=0, micro_batch=0, record=True)
             marks.append(clock.mark())
         # The first touches new memory, and chooses kernels.
-        fastest = [min(times) * 1e-9 for times in zip(*(runs[1:] or runs), strict=True)]
+        usual = [statistics.median(times) * 1e-9 for times in zip(*(runs[1:] or runs), strict=True)]
         forward, input_gradient, weight_gradient = (
-            max(0.0, seconds - overhead) for seconds, overhead in zip(fastest, self._overhead, strict=True)
+            max(0.0, seconds - overhead) for seconds, overhead in zip(usual, self._overhead, strict=True)
         )
         return Measured(forward, input_gradient, weight_gradient, kept, given)
 
     def _measure_overhead(self) -> tuple[float, float, float]:
         """Return what it takes to run a group that does nothing: whole stages have that once, not once a group."""
-        segment = stage_pb2.Segment(
-            incoming=[stage_pb2.IncomingValue(value="i0")], outgoing=[stage_pb2.OutgoingValue(value="n0")]
-        )
-        segment.nodes.add(name="n0", target="aten.alias.default").arguments.add(value="i0")
         value = torch.ones(1, device=self._device, requires_grad=True)
-        found = self.run(segment, {}, [value], until=time.perf_counter() + 0.02)
+        found = self.run(empty_stage(), {}, [value], until=time.perf_counter() + 0.02)
         return found.forward, found.input_gradient, found.weight_gradient
 
 

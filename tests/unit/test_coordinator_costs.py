@@ -22,7 +22,7 @@ from gradwire_coordinator.costs import (
     travelling_values,
 )
 from gradwire_coordinator.graph_index import value_bytes
-from gradwire_coordinator.measured_costs import MeasuredGroups
+from gradwire_coordinator.measured_costs import ActionSeconds, MeasuredGroups
 from gradwire_coordinator.model_checks import IndexedModel, check_model
 from gradwire_protocol.v1 import coordinator_pb2, graph_pb2, tensors_pb2
 
@@ -142,6 +142,7 @@ def test_measured_costs_are_those_of_their_make() -> None:
         fixed=np.array([[1.0, 2.0], [0.0, 1.0], [0.0, 4.0], [10.0, 0.0]]),
         per_row=np.array([[0.5, 1.0], [0.0, 1.0], [0.0, 0.0], [0.0, 7.0]]),
         is_measured=np.array([True, True]),
+        action=ActionSeconds(1.0, 2.0, 3.0, 4.0, 5.0),
     )
     measured = {DeviceMake("cpu", "a", 1): groups}
     first, second, third = node_costs(indexed.train, trained_tensors(indexed.tensors), 2, DEVICES, measured)
@@ -153,6 +154,8 @@ def test_measured_costs_are_those_of_their_make() -> None:
     assert first.weight_gradient == pytest.approx([0, 0, 4, 0])
     assert first.held_bytes.tolist() == [5, 5, 7, 7]
     assert first.rows == 2
+    assert first.action == groups.action
+    assert min(second.action) > 0  # of an estimate, too
 
 
 def test_of_custom_operators_the_shapes_tell_nothing() -> None:

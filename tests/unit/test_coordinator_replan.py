@@ -102,6 +102,15 @@ def test_a_slower_server_gets_less() -> None:
     assert again.seconds_after == pytest.approx(found.seconds_after)
 
 
+def test_a_server_that_does_little_says_little_of_what_it_would_take_for_more() -> None:
+    """On the second server there is hardly anything; that it took four times as long for that is no reason to stay."""
+    made = basis(cuts=[NODES])
+    train(made, (1.0, 4.0))
+    found = plan_anew(made)
+    assert found.pays(0.05)
+    assert cut(found.planned) < NODES - 2
+
+
 def test_a_step_with_more_rows_counts_for_the_expected_ones() -> None:
     made, larger = basis(), basis()
     train(made, (2.0, 1.0))

@@ -10,12 +10,13 @@ import pytest
 
 from gradwire_coordinator import cost_files
 from gradwire_coordinator.cost_files import CostFiles
-from gradwire_coordinator.measured_costs import Cost, MeasuredGroups
+from gradwire_coordinator.measured_costs import ActionSeconds, Cost, MeasuredGroups
 
 
 def groups(seconds: float = 1.0) -> MeasuredGroups:
     numbers = np.arange(2.0 * len(Cost)).reshape(len(Cost), 2) * seconds
-    return MeasuredGroups((3, 5), (2, 4), numbers, numbers + 1, np.array([True, False]))
+    action = ActionSeconds(*numbers[0], 3.0, 4.0, 5.0)
+    return MeasuredGroups((3, 5), (2, 4), numbers, numbers + 1, np.array([True, False]), action)
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
@@ -28,6 +29,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
         assert (found.ends, found.rows) == ((3, 5), (2, 4))
         for field in ("fixed", "per_row", "is_measured"):
             assert np.array_equal(getattr(found, field), getattr(groups(), field))
+        assert found.action == groups().action
     assert files.read("b") is None
     assert [path.name for path in (tmp_path / "costs").iterdir()] == ["a.npz"]
 
@@ -48,6 +50,7 @@ def test_a_file_that_cannot_be_read_counts_as_none(tmp_path: Path, content: byte
         {"rows": np.array([], int)},
         {"fixed": np.zeros((3, 2))},
         {"is_measured": np.array([True])},
+        {"action": np.array([1.0])},
         {"fixed": np.array(["text"] * 8).reshape(4, 2)},
         {"fixed": np.array([None] * 8).reshape(4, 2)},  # would be a pickle
     ],

@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradwire_coordinator.measured_costs import Cost, MeasuredGroups, failures, fit, group_ends, read_reply
+from gradwire_coordinator.measured_costs import (
+    NOTHING_BESIDE,
+    ActionSeconds,
+    Cost,
+    MeasuredGroups,
+    average,
+    failures,
+    fit,
+    group_ends,
+    read_reply,
+)
 from gradwire_protocol.errors import FrameError
 from gradwire_protocol.v1 import stage_pb2
 
@@ -73,6 +83,25 @@ def test_an_answer_is_read() -> None:
     assert (groups.fixed[:, 0] + 8 * groups.per_row[:, 0]).tolist() == [8, 4, 2, 800]
     assert (groups.fixed[Cost.FORWARD, 0], groups.per_row[Cost.FORWARD, 0]) == (2, 0.75)
     assert failures(reply) == ["no"]
+    assert groups.action == NOTHING_BESIDE
+    reply.action.CopyFrom(stage_pb2.ActionCost(forward_seconds=1, receive_seconds=2, send_seconds=3))
+    assert read_reply([3, 5], [8, 4], reply, "The server").action == ActionSeconds(1, 0, 0, 2, 3)
+    reply.action.send_seconds = math.nan
+    with pytest.raises(FrameError, match="of an action"):
+        read_reply([3, 5], [8, 4], reply, "The server")
+
+
+def test_servers_that_measured_together_count_on_the_average() -> None:
+    def one(number: float, told: list[bool], action: float) -> MeasuredGroups:
+        numbers = np.full((len(Cost), 3), number)
+        return MeasuredGroups((1, 2, 3), (4,), numbers, 2 * numbers, np.array(told), ActionSeconds(*[action] * 5))
+
+    both = average([one(1.0, [True, True, False], 3.0), one(5.0, [True, False, False], 5.0)])
+    assert both.is_measured.tolist() == [True, True, False]
+    # What only one of them could measure is that one's.
+    assert both.fixed[Cost.FORWARD].tolist() == [3.0, 1.0, 0.0]
+    assert both.per_row[Cost.HELD_BYTES].tolist() == [6.0, 2.0, 0.0]
+    assert both.action == ActionSeconds(*[4.0] * 5)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +132,7 @@ def measured(draw: st.DrawFn) -> tuple[MeasuredGroups, np.ndarray, int]:
     estimate = draw(st.lists(st.one_of(st.just(0.0), st.floats(1e-3, 1e3)), min_size=ends[-1], max_size=ends[-1]))
     told = draw(st.lists(st.booleans(), min_size=len(ends), max_size=len(ends)))
     groups = MeasuredGroups(
-        ends, (2, 4), np.array([fixed] * len(Cost)), np.array([per_row] * len(Cost)), np.array(told)
+        ends, (2, 4), np.array([fixed] * len(Cost)), np.array([per_row] * len(Cost)), np.array(told), NOTHING_BESIDE
     )
     return groups, np.array(estimate), draw(st.integers(1, 100))
 
@@ -135,6 +164,7 @@ def test_an_estimate_is_corrected_by_what_it_was_wrong_by_elsewhere() -> None:
         np.zeros((len(Cost), 3)),
         np.array([[1.0, 1.5, 777.0]] * len(Cost)),
         np.array([True, True, False]),
+        NOTHING_BESIDE,
     )
     # Measured: 4 + 6; estimated there: 1 + 3 and 1.
     found = groups.share_out(Cost.FORWARD, 4, np.array([1.0, 3.0, 1.0, 2.0, 0.5]))
@@ -142,7 +172,7 @@ def test_an_estimate_is_corrected_by_what_it_was_wrong_by_elsewhere() -> None:
 
 
 def test_numbers_hold_for_rows_that_are_near() -> None:
-    groups = MeasuredGroups((1,), (4, 8), np.zeros((4, 1)), np.zeros((4, 1)), np.array([True]))
+    groups = MeasuredGroups((1,), (4, 8), np.zeros((4, 1)), np.zeros((4, 1)), np.array([True]), NOTHING_BESIDE)
     assert [rows for rows in range(1, 40) if groups.covers(rows)] == list(range(2, 17))
 
 

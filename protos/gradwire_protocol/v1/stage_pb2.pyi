@@ -375,13 +375,29 @@ class RowsCost(_message.Message):
     groups: _containers.RepeatedCompositeFieldContainer[GroupCost]
     def __init__(self, rows: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[GroupCost, _Mapping]]] = ...) -> None: ...
 
+class ActionCost(_message.Message):
+    __slots__ = ("forward_seconds", "input_gradient_seconds", "weight_gradient_seconds", "receive_seconds", "send_seconds")
+    FORWARD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    INPUT_GRADIENT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_GRADIENT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    RECEIVE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SEND_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    forward_seconds: float
+    input_gradient_seconds: float
+    weight_gradient_seconds: float
+    receive_seconds: float
+    send_seconds: float
+    def __init__(self, forward_seconds: _Optional[float] = ..., input_gradient_seconds: _Optional[float] = ..., weight_gradient_seconds: _Optional[float] = ..., receive_seconds: _Optional[float] = ..., send_seconds: _Optional[float] = ...) -> None: ...
+
 class MeasureCostsReply(_message.Message):
-    __slots__ = ("measured", "seconds")
+    __slots__ = ("measured", "seconds", "action")
     MEASURED_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    ACTION_FIELD_NUMBER: _ClassVar[int]
     measured: _containers.RepeatedCompositeFieldContainer[RowsCost]
     seconds: float
-    def __init__(self, measured: _Optional[_Iterable[_Union[RowsCost, _Mapping]]] = ..., seconds: _Optional[float] = ...) -> None: ...
+    action: ActionCost
+    def __init__(self, measured: _Optional[_Iterable[_Union[RowsCost, _Mapping]]] = ..., seconds: _Optional[float] = ..., action: _Optional[_Union[ActionCost, _Mapping]] = ...) -> None: ...
 
 class ProbeRequest(_message.Message):
     __slots__ = ("payload", "reply_bytes")
