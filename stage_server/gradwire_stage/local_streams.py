@@ -26,8 +26,9 @@ from gradwire_protocol.handover import take_over
 from gradwire_protocol.local_stream import QUIET_SECONDS, ReceivingEnd
 from gradwire_protocol.shared_block import TICKET_BYTES, BlockError, unsupported
 from gradwire_protocol.v1 import stage_pb2
+from gradwire_stage.bell import Bell, PlainBell
 from gradwire_stage.intake import Intake, StreamLimit
-from gradwire_stage.mailbox import Bell, HeldError, PlainBell
+from gradwire_stage.mailbox import HeldError
 from gradwire_stage.shared_memory import SharedMemory
 
 _TAKE_OVER_SECONDS = 4.0
@@ -56,9 +57,9 @@ class LocalStreams:
     def __init__(self, memory: SharedMemory, make_intake: Callable[[], Intake], limit: StreamLimit) -> None:
         self._memory = memory
         self._make_intake = make_intake
-        self._limit = limit
+        self._unsupported = unsupported()
         # None where no socket will ever be taken.
-        self._reader = None if memory.settings is None or unsupported() is not None else _Reader(limit)
+        self._reader = None if memory.settings is None or self._unsupported else _Reader(limit)
 
     @property
     def bell(self) -> Bell:
@@ -88,7 +89,7 @@ class LocalStreams:
         if settings is None:
             raise BlockError("off", "shared memory is switched off on the receiving server")
         if self._reader is None:
-            raise BlockError("unsupported", unsupported() or "")
+            raise BlockError("unsupported", str(self._unsupported))
         if request.server not in servers:
             raise BlockError("other-run", f"server {request.server[:64]!r} is not a peer in this run")
         if len(request.ticket) != TICKET_BYTES:

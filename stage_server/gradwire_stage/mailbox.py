@@ -5,9 +5,9 @@ both. Repeated and late messages are counted and dropped; what a message holds, 
 all, is decided outside.
 
 A stream that brings more than its credit is held back: its thread waits in `reserve`, nobody reads on, and gRPC's own
-flow control stops the sender. Never held back is what is *due*: what belongs to the micro-batch that the compute thread
-is at, or to one before it; what the schedule of the training step in progress bounds; and what comes on a stream that
-the compute thread waits for.
+flow control stops the sender; or, where nobody may wait with it, it is asked again when the compute thread goes on.
+Never held back is what is *due*: what belongs to the micro-batch that the compute thread is at, or to one before it;
+what the schedule of the training step in progress bounds; and what comes on a stream that the compute thread waits for.
 
 So no circle of waits can form. Let the front of a server be (entry, micro-batch) of the forward that it has begun last.
 Who waits for a message waits for one that has not been sent, as its stream is read on. It comes from a server whose
@@ -25,10 +25,11 @@ import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from gradwire_protocol.errors import Aborted, GradwireError, LimitExceeded
 from gradwire_protocol.v1 import tensors_pb2 as pb
+from gradwire_stage.bell import Bell, PlainBell
 from gradwire_stage.keys import FROM_CLIENT, Key, Source
 
 Content = TypeVar("Content")
@@ -39,36 +40,6 @@ OVERHEAD_BYTES = 1024
 CREDIT_BYTES = 64 * 2**20
 MAXIMUM_STREAMS = 256
 _STATE = frozenset({pb.DIRECTION_STATE, pb.DIRECTION_MOVED})
-
-
-class Bell(Protocol):
-    """What the compute thread waits at for messages. Rung by whoever brings one that it waits for."""
-
-    def ring(self) -> None:
-        """End the wait, or the next one. Any thread."""
-
-    def look(self) -> None:
-        """Take in what has come already. For the compute thread, as `wait` is."""
-
-    def wait(self) -> None:
-        """Wait until it is rung; may also return before that, when something has come."""
-
-
-class PlainBell:
-    """A bell where nothing but other threads brings messages."""
-
-    def __init__(self) -> None:
-        self._rung = threading.Event()
-
-    def ring(self) -> None:
-        self._rung.set()
-
-    def look(self) -> None:
-        """Other threads have put it into the mailbox."""
-
-    def wait(self) -> None:
-        self._rung.wait()
-        self._rung.clear()
 
 
 class HeldError(Exception):

@@ -27,6 +27,7 @@ from gradwire_protocol.v1 import tensors_pb2 as pb
 from gradwire_stage import timeline as phases
 from gradwire_stage.activity import Progress
 from gradwire_stage.arrivals import Arrivals, is_answered, key_of
+from gradwire_stage.bell import Bell
 from gradwire_stage.checkpoint_writer import CheckpointWriter
 from gradwire_stage.checks import check_bounds, check_memory, check_prepare
 from gradwire_stage.codecs.registry import unpack
@@ -34,7 +35,7 @@ from gradwire_stage.device import Device
 from gradwire_stage.headers import Value, make_header
 from gradwire_stage.kept_state import KeptState
 from gradwire_stage.keys import FROM_CLIENT, Key
-from gradwire_stage.mailbox import CREDIT_BYTES, Bell, Inflow, Mailbox, Reservation
+from gradwire_stage.mailbox import CREDIT_BYTES, Inflow, Mailbox, Reservation
 from gradwire_stage.metrics import StageMetrics
 from gradwire_stage.optimizer import StageOptimizer
 from gradwire_stage.outbox import Outbox, Result
