@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any, cast
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 from gradwire_stage import profiling_clock
 from gradwire_stage.device import CpuDevice, Device
 from gradwire_stage.profiling_clock import ThreadClock, open_clock
+from gradwire_stage.profiling_runs import GroupRunner
 from gradwire_stage.timeline import HostClock
 
 
@@ -69,3 +72,23 @@ def test_a_gpu_has_a_clock_of_its_own() -> None:
 
     with open_clock(cast(Device, Gpu())) as clock:
         assert clock == "events"
+
+
+def test_what_is_taken_off_every_group_is_no_first_run_however_slow_the_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Once it was: all groups of a small model then seemed to take no time."""
+
+    class Counting(HostClock):
+        runs = 0
+
+        def elapsed(self, marks: Sequence[int]) -> list[int]:
+            self.runs += 1
+            return super().elapsed(marks)
+
+    clock = Counting()
+    now = itertools.count(0.0, 10.0)
+    with monkeypatch.context() as slow:
+        slow.setattr(time, "perf_counter", lambda: next(now))
+        GroupRunner(torch.device("cpu"), clock, None, {})
+    assert clock.runs >= 9
