@@ -24,9 +24,10 @@ StateValue = torch.Tensor | int | float | bool
 
 
 def warm_up() -> None:
-    """Make torch import what its first optimizer or custom operator needs (torch._dynamo, seconds), before that.
+    """Make torch import what its first optimizer or custom operator needs, before that.
 
-    Takes no time when it has been done.
+    That is its compiler, which takes seconds, where nothing stands in for it (`without_compiler.py`). Takes no time
+    when it has been done.
     """
     torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
 

@@ -21,12 +21,16 @@ from gradwire_stage.optimizer import warm_up
 from gradwire_stage.service import Limits, StageService
 from gradwire_stage.settings import StageSettings
 from gradwire_stage.shared_memory import SharedMemory, SharedMemorySettings
+from gradwire_stage.without_compiler import leave_compiler_out
+
+_ROLES = {"stage": coordinator_pb2.SERVER_ROLE_STAGE, "parameter": coordinator_pb2.SERVER_ROLE_PARAMETER}
 
 _log = structlog.get_logger(__name__)
 
 
 def run_server(settings: StageSettings) -> None:
     """Serve until SIGTERM or SIGINT; then leave the coordinator and end the run in good order."""
+    leave_compiler_out()
     distribution = version("gradwire")
     device = open_device(settings.device, settings.threads)
     operators = load_operators(settings.operators)
@@ -69,7 +73,7 @@ def run_server(settings: StageSettings) -> None:
         settings.coordinator,
         coordinator_pb2.RegisterRequest(
             server=server,
-            role=coordinator_pb2.SERVER_ROLE_STAGE,
+            role=_ROLES[settings.role],
             address=service.address,
             metrics_address=service.metrics_address,
             device=info,
