@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROTOS := $(wildcard protos/gradwire_protocol/v1/*.proto)
 
-.PHONY: train test lint protos bench examples fuzz soak clean help
+.PHONY: train test test-benchmarks lint protos bench examples fuzz soak clean help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train   train the reference job on a local cluster"
 	@echo "make test    run the whole test suite"
+	@echo "make test-benchmarks  run each benchmark in a short form"
 	@echo "make lint    ruff, mypy, buf, generated stubs"
 	@echo "make examples  run every example in full, beside its single-process script"
 	@echo "make bench   run the benchmarks and check their claims"
@@ -28,9 +29,14 @@ train: $(STAMP)
 	$(BIN)/gradwire train
 
 # Three at a time: much of the time goes into starting servers and waiting for them. Files stay whole, so that they share
-# their clusters. One thread each: more would only get into each other's way.
+# their clusters, and in their order: integration tests first, so that no long file of few tests is left for the end.
+# One thread each: more would only get into each other's way.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+
+# Each benchmark once, as short as it goes: does it run, and say what it measures?
+test-benchmarks: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m benchmark
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -9,6 +9,11 @@ from __future__ import annotations
 import gc
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes says how busy the machine is, and nothing else.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 _YOUNG, _MIDDLE, _OLD = 50_000, 20, 100
 

@@ -1,8 +1,4 @@
-"""Stage servers in this process, on real ports, driven without a coordinator by a small model written by hand.
-
-The model is tanh(x wᵀ + a), then two layers more: stage 1 uses the same w (tied), stage 2 adds what stage 0 made
-(a value with two consumers). Also an integer boundary value from stage 0 to stage 2.
-"""
+"""Stage servers in this process, on real ports, that train stage_model.py's model without a coordinator."""
 
 from __future__ import annotations
 
@@ -15,6 +11,17 @@ from typing import Any
 
 import grpc
 import torch
+from stage_model import (
+    EVALUATE,
+    HOLDERS,
+    MEAN,
+    PREDICT,
+    TRAIN,
+    adam,
+    made_state,
+    placement,
+    segment,
+)
 
 from gradwire_protocol.channels import open_channel
 from gradwire_protocol.delivery import FrameSender
@@ -23,126 +30,15 @@ from gradwire_protocol.frames import Admission, FrameAssembler
 from gradwire_protocol.program import parse_program, program_to_proto
 from gradwire_protocol.serving import Service, ServiceSettings
 from gradwire_protocol.torch_tensors import payload_of, tensor_from, tensor_info
-from gradwire_protocol.v1 import graph_pb2, run_pb2, stage_pb2, stage_pb2_grpc
+from gradwire_protocol.v1 import run_pb2, stage_pb2, stage_pb2_grpc
 from gradwire_protocol.v1 import tensors_pb2 as pb
 from gradwire_stage.device import CpuDevice, Device
 from gradwire_stage.metrics import StageMetrics
 from gradwire_stage.service import Limits, StageService
 from gradwire_stage.shared_memory import SharedMemory
 
-WIDTH = 4
 # Each run ends with a collection: without the imports it takes no time, as in a real server.
 gc.freeze()
-TRAIN, EVALUATE, PREDICT = graph_pb2.GRAPH_KIND_TRAIN, graph_pb2.GRAPH_KIND_EVALUATE, graph_pb2.GRAPH_KIND_PREDICT
-MEAN, SUM = graph_pb2.LOSS_FORM_MEAN_OVER_ROWS, graph_pb2.LOSS_FORM_SUM_AND_WEIGHT
-
-
-def made_state() -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    shapes = {"w": (WIDTH, WIDTH), "a": (WIDTH,), "b": (WIDTH,), "v": (WIDTH, WIDTH), "scale": (WIDTH,)}
-    return {name: torch.randn(shape, dtype=torch.float64, generator=generator) for name, shape in shapes.items()}
-
-
-class Reference(torch.nn.Module):
-    """The same model in plain torch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name, value in made_state().items():
-            if name == "scale":
-                self.register_buffer(name, value)
-            else:
-                setattr(self, name, torch.nn.Parameter(value))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = torch.tanh(torch.nn.functional.linear(x, self.w, self.a))
-        g = torch.tanh(torch.nn.functional.linear(h, self.w, self.b))
-        return torch.nn.functional.linear(g + h, self.v) * self.scale
-
-
-def _node(name: str, target: str, *values: str | int) -> graph_pb2.Node:
-    arguments = [
-        graph_pb2.Argument(value=value) if isinstance(value, str) else graph_pb2.Argument(integer=value)
-        for value in values
-    ]
-    return graph_pb2.Node(name=name, target=target, arguments=arguments)
-
-
-def _nodes(stage: int, graph: int, form: int) -> list[graph_pb2.Node]:
-    if stage == 0:
-        return [_node("u", "aten.linear.default", "x", "p_w", "p_a"), _node("h", "aten.tanh.default", "u")]
-    if stage == 1:
-        return [_node("t", "aten.linear.default", "h", "p_w", "p_b"), _node("g", "aten.tanh.default", "t")]
-    nodes = [
-        _node("s", "aten.add.Tensor", "g", "h"),
-        _node("m", "aten.linear.default", "s", "p_v"),
-        _node("out", "aten.mul.Tensor", "m", "p_scale"),
-    ]
-    if graph == PREDICT:
-        return nodes
-    if form == MEAN:
-        return [*nodes, _node("loss", "aten.mse_loss.default", "out", "y")]
-    return [
-        *nodes,
-        _node("loss", "aten.mse_loss.default", "out", "y", 2),  # the sum
-        _node("ones", "aten.ones_like.default", "y"),
-        _node("weight", "aten.sum.default", "ones"),
-    ]
-
-
-def segment(stage: int, graph: int, form: int) -> stage_pb2.Segment:
-    uses = {0: ("w", "a"), 1: ("w", "b"), 2: ("v", "scale")}[stage]
-    made = stage_pb2.Segment(
-        stage=stage,
-        graph=graph,
-        nodes=_nodes(stage, graph, form),
-        tensors=[graph_pb2.TensorUse(value=f"p_{name}", tensor=name) for name in uses],
-    )
-    if stage == 0:
-        made.incoming.add(value="x", from_batch=True)
-        made.outgoing.add(value="h", consumer_stages=[1, 2])
-    elif stage == 1:
-        made.incoming.add(value="h", producer_stage=0, gradient_to_stage=0, gradient_from_stage=2)
-        made.outgoing.add(value="g", consumer_stages=[2])
-    else:
-        made.incoming.add(value="g", producer_stage=1, gradient_to_stage=1)
-        made.incoming.add(value="h", producer_stage=0, gradient_to_stage=1)
-        if graph == PREDICT:
-            made.results.add(value="out")
-        else:
-            made.incoming.add(value="y", from_batch=True)
-            made.loss = "loss"
-            made.loss_weight = "weight" if form == SUM else ""
-    return made
-
-
-_HOLDERS = {"w": [0, 1], "a": [0], "b": [1], "v": [2], "scale": [2]}
-
-
-def placement(name: str) -> stage_pb2.TensorPlacement:
-    buffer = name == "scale"
-    return stage_pb2.TensorPlacement(
-        spec=graph_pb2.TensorSpec(
-            name=name,
-            names=[name],
-            kind=graph_pb2.TENSOR_KIND_BUFFER if buffer else graph_pb2.TENSOR_KIND_PARAMETER,
-            persistent=buffer,
-            requires_grad=not buffer,
-            data_type=pb.DATA_TYPE_FLOAT64,
-            shape=made_state()[name].shape,
-        ),
-        holder_stages=_HOLDERS[name],
-    )
-
-
-def number(value: float) -> graph_pb2.Argument:
-    return graph_pb2.Argument(real=value)
-
-
-def adam(learning_rate: float) -> run_pb2.OptimizerGroup:
-    return run_pb2.OptimizerGroup(
-        parameters=["w", "a", "b", "v"], settings=[graph_pb2.NamedArgument(name="lr", value=number(learning_rate))]
-    )
 
 
 class RemoteServer:
@@ -279,7 +175,7 @@ class Cluster:
             generation=generation,
             server=name,
             segments=[segment(stage, graph, self.form) for stage in stages for graph in (TRAIN, EVALUATE, PREDICT)],
-            tensors=[placement(tensor) for tensor, holders in _HOLDERS.items() if set(holders) & set(stages)],
+            tensors=[placement(tensor) for tensor, holders in HOLDERS.items() if set(holders) & set(stages)],
             peers=[
                 stage_pb2.Peer(server=peer, address=self.servers[peer].address, stages=hosted)
                 for peer, hosted in self.layout.items()
@@ -306,7 +202,7 @@ class Cluster:
         entry = self.next_entry(load_state=run_pb2.LoadState())
         for name, stages in self.layout.items():
             for tensor, value in made_state().items():
-                if set(_HOLDERS[tensor]) & set(stages):
+                if set(HOLDERS[tensor]) & set(stages):
                     self.send(name, entry.number, 0, tensor, value, pb.DIRECTION_STATE)
             self.streams[name].submit(entry)
         for stream in self.streams.values():
@@ -388,7 +284,7 @@ class Cluster:
         values = {(name, ""): value for name, value in made_state().items()} | dict(saved)
         for server, stages in self.layout.items():
             for (name, state), value in values.items():
-                if set(_HOLDERS[name]) & set(stages):
+                if set(HOLDERS[name]) & set(stages):
                     self.send(server, entry.number, 0, name, value, pb.DIRECTION_STATE, state)
             self.streams[server].submit(entry)
 

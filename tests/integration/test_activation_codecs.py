@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from stage_cluster import Cluster, Reference, wait_until
+from kept_exports import keep_exports
+from stage_cluster import Cluster, wait_until
+from stage_model import Reference
 from torch import nn
 from torch.nn.functional import linear, mse_loss
 
@@ -111,17 +114,35 @@ def test_wrong_codecs_are_refused_when_a_run_is_prepared() -> None:
 # --- a whole cluster
 
 
+CONTEXT = 32
+
+
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[gradwire.Cluster]:
-    with gradwire.local(stage_servers=2) as made:
-        yield made
+def cluster(four_processes: gradwire.Cluster) -> gradwire.Cluster:
+    return four_processes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def export_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        keep_exports(patch)
+        yield
+
+
+@functools.cache
+def small_gpt(precision: str | None) -> GPT:
+    """The same for all runs in a precision, which leave it as it is."""
+    torch.manual_seed(0)
+    return GPT(Shape(layers=2, width=64, heads=4, context=CONTEXT))
 
 
 def text_batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     text = torch.frombuffer(bytearray(Path(argparse.__file__).read_bytes()), dtype=torch.uint8).long()
     generator = torch.Generator().manual_seed(0)
-    starts = torch.randint(0, len(text) - 65, (count, 16), generator=generator)
-    rows = torch.stack([torch.stack([text[start : start + 65] for start in batch]) for batch in starts.tolist()])
+    starts = torch.randint(0, len(text) - CONTEXT - 1, (count, 16), generator=generator)
+    rows = torch.stack(
+        [torch.stack([text[start : start + CONTEXT + 1] for start in batch]) for batch in starts.tolist()]
+    )
     return [(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()) for batch in rows]
 
 
@@ -129,8 +150,7 @@ def train(
     cluster: gradwire.Cluster, codec: Any, steps: int, precision: str | None = None
 ) -> tuple[list[float], Any, float]:
     """Train a small GPT on text; return its losses, the plan as carried out, and the loss on text not trained on."""
-    torch.manual_seed(0)
-    model = GPT(Shape(layers=2, width=64, heads=4, context=64))
+    model = small_gpt(precision)
     batches = text_batches(steps + 2)
     with cluster.trainer(
         model,
@@ -149,7 +169,7 @@ def train(
 def test_training_learns_as_well_as_without(cluster: gradwire.Cluster, precision: str | None) -> None:
     found = {}
     for codec in ("none", "bf16", "fp16", "int8"):
-        losses, plan, held_out = train(cluster, codec, 40, precision)
+        losses, plan, held_out = train(cluster, codec, 24, precision)
         assert plan.stages[0].codec == codec
         assert losses[-1] < losses[0] - 2
         found[codec] = held_out
@@ -165,7 +185,7 @@ def test_the_plan_counts_what_travels_as_encoded(cluster: gradwire.Cluster) -> N
         sizes.append(plan.stages[0].boundary_bytes)
         assert plan.stages[0].codec_reason == ""
         assert plan.stages[1].codec == "none"
-    elements = 16 * 64 * 64
+    elements = 16 * CONTEXT * 64
     assert sizes == [4 * elements, 2 * elements, elements + 4 * elements // 256]
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import grpc
 import pytest
 import torch
-from stage_cluster import Cluster, Reference, wait_until
+from stage_cluster import Cluster, wait_until
+from stage_model import Reference
 
 from gradwire_protocol.delivery import DELIVER
 from gradwire_protocol.errors import Aborted, FrameError, GradwireError, LimitExceeded, from_rpc_error

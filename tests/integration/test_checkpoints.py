@@ -32,9 +32,8 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "checkpoints.md"
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[gradwire.LocalCluster]:
-    with gradwire.local(stage_servers=4, threads=1) as cluster:
-        yield cluster
+def cluster(four_processes: gradwire.LocalCluster) -> gradwire.LocalCluster:
+    return four_processes
 
 
 def test_a_resumed_run_is_the_one_that_was_not_interrupted(cluster: gradwire.LocalCluster, tmp_path: Path) -> None:
@@ -292,7 +291,7 @@ def test_killed_while_it_writes_the_last_checkpoint_loads(cluster: gradwire.Loca
         return {run.run for run in cluster.status().runs if run.state == coordinator_pb2.RUN_STATE_ACTIVE}
 
     others = active()
-    for _ in range(3):
+    for _ in range(2):
         arguments = [sys.executable, "-c", _WRITER, cluster.address, str(path), str(Path(__file__).parent)]
         with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as writer:
             assert writer.stdout is not None

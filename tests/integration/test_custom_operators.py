@@ -15,7 +15,6 @@ from model_zoo import squared_loss
 from torch import nn
 
 import gradwire
-from gradwire.local_cluster import LocalProcesses
 from gradwire.service_process import ServiceProcess, end_all
 
 LIBRARY = "operator_library"
@@ -145,17 +144,16 @@ def test_an_operator_that_writes_to_its_argument_is_refused(cluster: gradwire.Lo
     assert "mutates_args=()" in caught.value.remedy
 
 
-def test_servers_without_the_module_refuse_the_model() -> None:
-    with gradwire.local(stage_servers=2) as cluster:
-        with pytest.raises(gradwire.ModelError, match=SWISH) as caught:
-            make_trainer(cluster, make(OnlySwish))
-        message = str(caught.value)
-        assert all(server.server in message for server in cluster.status().servers)
-        assert "no custom operators" in message
-        assert "--operators MODULE" in caught.value.remedy
-        # The servers are free again.
-        with make_trainer(cluster, nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).double()) as trainer:
-            trainer.step(*make_batch(6))
+def test_servers_without_the_module_refuse_the_model(four_processes: gradwire.Cluster) -> None:
+    with pytest.raises(gradwire.ModelError, match=SWISH) as caught:
+        make_trainer(four_processes, make(OnlySwish))
+    message = str(caught.value)
+    assert all(server.server in message for server in four_processes.status().servers)
+    assert "no custom operators" in message
+    assert "--operators MODULE" in caught.value.remedy
+    # The servers are free again.
+    with make_trainer(four_processes, nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).double()) as trainer:
+        trainer.step(*make_batch(6))
 
 
 def test_a_run_takes_the_servers_that_have_the_operators(tmp_path: Path) -> None:
@@ -173,10 +171,16 @@ def test_a_run_takes_the_servers_that_have_the_operators(tmp_path: Path) -> None
             end_all(able, 5.0)
 
 
-def test_another_schema_is_told_with_both(tmp_path: Path) -> None:
-    older = tmp_path / "older_library.py"
-    older.write_text(OLDER)
-    with gradwire.local(stage_servers=1, operators=[str(older)]) as cluster:
+def test_another_schema_is_told_with_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The servers have it of a module of a package."""
+    package = tmp_path / "library_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "operators.py").write_text("from .inner import swish")
+    (package / "inner.py").write_text(OLDER)
+    monkeypatch.syspath_prepend(tmp_path)
+    with gradwire.local(stage_servers=1, operators=["library_package.operators"]) as cluster:
+        assert SWISH in (cluster.log_dir / "stage-0.log").read_text()
         with pytest.raises(gradwire.ModelError, match="has another schema") as caught:
             make_trainer(cluster, make(OnlySwish), stages=1)
         assert "swish(Tensor x, float slope)" in caught.value.expected
@@ -230,19 +234,6 @@ def _more_servers(cluster: gradwire.LocalCluster, count: int, logs: Path, module
     return started
 
 
-def test_processes_take_modules_of_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "library_package"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "operators.py").write_text("from .inner import swish")
-    (package / "inner.py").write_text(OLDER)
-    monkeypatch.syspath_prepend(tmp_path)
-    with LocalProcesses(stage_servers=1, operators=["library_package.operators"]) as processes:
-        with gradwire.connect(processes.address) as cluster:
-            processes.wait_registered(cluster)
-        assert "gradwire_test.swish.default" in (processes.log_dir / "stage-0.log").read_text()
-
-
 class Holding(OnlySwish):
     """Keeps its operator as an attribute: such objects cannot be copied."""
 
@@ -276,13 +267,13 @@ def test_a_library_with_operators_of_its_own() -> None:
     torch.manual_seed(0)
     model = transformers.MixtralForCausalLM(config)
     tokens = torch.randint(0, 64, (2, 4, 8))
-    with gradwire.local(stage_servers=2, operators=["transformers.integrations.moe"]) as cluster:
+    with gradwire.local(stage_servers=1, operators=["transformers.integrations.moe"]) as cluster:
         found = gradwire.verify(
             cluster,
             model,
             lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
             loss=None,
             batch={"input_ids": tokens[0], "labels": tokens[1]},
-            plan=gradwire.Plan(stages=2, microbatches=2),
+            plan=gradwire.Plan(stages=1, microbatches=2),
         )
     assert found.equal, str(found)

@@ -54,12 +54,6 @@ def test_any_cut_schedule_and_number_of_micro_batches(
     check_equal(made, one_process(kind, optimizer, micro_batches, max_grad_norm))
 
 
-@pytest.fixture(scope="module")
-def processes() -> Iterator[gradwire.Cluster]:
-    with gradwire.local(stage_servers=3) as made:
-        yield made
-
-
 @pytest.mark.parametrize(
     ("kind", "stages", "schedule", "optimizer", "max_grad_norm"),
     [
@@ -70,14 +64,14 @@ def processes() -> Iterator[gradwire.Cluster]:
     ],
 )
 def test_real_processes(
-    processes: gradwire.Cluster, kind: str, stages: int, schedule: str, optimizer: str, max_grad_norm: float | None
+    four_processes: gradwire.Cluster, kind: str, stages: int, schedule: str, optimizer: str, max_grad_norm: float | None
 ) -> None:
     plan = gradwire.Plan(stages=stages, microbatches=8, schedule=schedule)
-    made = on_cluster(processes, kind, optimizer, plan, max_grad_norm)
+    made = on_cluster(four_processes, kind, optimizer, plan, max_grad_norm)
     check_equal(made, one_process(kind, optimizer, 8, max_grad_norm))
 
 
-def test_dropout_draws_the_same_on_every_layout(processes: gradwire.Cluster) -> None:
+def test_dropout_draws_the_same_on_every_layout(four_processes: gradwire.Cluster) -> None:
     """Bit for bit, since nothing else differs: one draw a (seed, step, micro-batch, node)."""
 
     def train(stages: int, schedule: str, seed: int) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -85,7 +79,7 @@ def test_dropout_draws_the_same_on_every_layout(processes: gradwire.Cluster) -> 
         layers = [layer for _ in range(4) for layer in (nn.Linear(6, 6), nn.Tanh(), nn.Dropout(0.4))]
         model = nn.Sequential(*layers, nn.Linear(6, 3)).double()
         data = [regression_batch(12, step) for step in range(3)]
-        with processes.trainer(
+        with four_processes.trainer(
             model,
             torch.optim.SGD(model.parameters(), lr=0.1),
             loss=F.mse_loss,
@@ -105,13 +99,13 @@ def test_dropout_draws_the_same_on_every_layout(processes: gradwire.Cluster) -> 
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3])
-def test_dropout_equals_one_process(processes: gradwire.Cluster, stages: int) -> None:
+def test_dropout_equals_one_process(four_processes: gradwire.Cluster, stages: int) -> None:
     """With torch's layers as they are: the comparison's own process draws as the servers do."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     model = nn.Sequential(nn.TransformerEncoder(layer, 2), nn.Dropout(0.4, inplace=True), nn.Linear(8, 8))
     found = gradwire.verify(
-        processes,
+        four_processes,
         model,
         lambda made: torch.optim.AdamW(made.parameters()),
         loss=F.mse_loss,

@@ -1,14 +1,18 @@
-"""The examples run as printed, differ from their single-process scripts in a few lines, and pass verification."""
+"""The examples run as printed, differ from their single-process scripts in a few lines, and pass verification.
+
+One pair runs as its user starts it, with processes of its own. The others differ from it in model and data: they run
+here, where torch and transformers are imported already, on one cluster. `make examples` runs all of them in full.
+"""
 
 from __future__ import annotations
 
 import ast
 import difflib
-import os
 import re
+import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
+import warnings
 from pathlib import Path
 
 import pytest
@@ -19,7 +23,10 @@ from gradwire.job.subject import load_subject
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = ("charlm", "digits_cnn", "finetune_minilm", "hf_gpt2")
-# The whole way, but short: a few steps, and little held out. `make examples` runs them in full.
+KINDS = ("", "_single")
+# In processes of its own.
+ALONE = "charlm"
+# The whole way, but short: a few steps, and little held out.
 SHORT = {"STEPS": "2", "HELD_OUT": "64", "HF_HUB_OFFLINE": "1"}
 # Of the batch that is verified, where the model is large.
 ROWS = {"finetune_minilm": 8}
@@ -46,38 +53,56 @@ def test_few_lines_differ_from_one_process(name: str) -> None:
     assert len(changes) - len(added) <= 6, changes
 
 
-@pytest.mark.parametrize("script", [f"{name}{kind}" for name in NAMES for kind in ("", "_single")])
-def test_runs_as_printed(script: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / f"{script}.py"],
-        cwd=tmp_path,
-        env=os.environ | SHORT,
-        capture_output=True,
-        text=True,
-        timeout=170,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    figures = [float(figure) for figure in re.findall(r"(?:before|after|images): (\d+\.\d+)", done.stdout)]
-    assert len(figures) == (1 if script.startswith("digits") else 2), done.stdout
-    if "loss" in done.stdout:
-        assert figures[1] < figures[0]
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[gradwire.Cluster]:
-    with gradwire.local(stage_servers=3) as made:
-        yield made
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_passes_verification(cluster: gradwire.Cluster, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
     for variable, value in SHORT.items():
         monkeypatch.setenv(variable, value)
+
+
+def check_output(script: str, output: str) -> None:
+    figures = [float(figure) for figure in re.findall(r"(?:before|after|images): (\d+\.\d+)", output)]
+    assert len(figures) == (1 if script.startswith("digits") else 2), output
+    if "loss" in output:
+        assert figures[1] < figures[0]
+    assert not list(Path.cwd().iterdir())
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("script", [ALONE + kind for kind in KINDS])
+def test_runs_as_printed_in_processes_of_its_own(script: str) -> None:
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / f"{script}.py"], capture_output=True, text=True, timeout=170, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    check_output(script, done.stdout)
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("script", [name + kind for name in NAMES for kind in KINDS if name != ALONE])
+def test_runs_as_printed(
+    four_processes: gradwire.LocalCluster,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    script: str,
+) -> None:
+    def local(*, stage_servers: int) -> gradwire.Cluster:
+        assert stage_servers <= len(four_processes.status().servers)
+        return gradwire.connect(four_processes.address)
+
+    monkeypatch.setattr(gradwire, "local", local)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # as where nobody tests
+        runpy.run_path(str(EXAMPLES / f"{script}.py"), run_name="__main__")
+    check_output(script, capsys.readouterr().out)
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("name", NAMES)
+def test_passes_verification(four_processes: gradwire.Cluster, name: str) -> None:
     subject = load_subject(EXAMPLES / f"{name}.py")
     found = gradwire.verify(
-        cluster,
+        four_processes,
         subject.make_model(),
         subject.make_optimizer,
         loss=subject.loss,

@@ -13,6 +13,7 @@ import pytest
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "overhead.py"
 
 
+@pytest.mark.benchmark
 def test_it_measures_both_and_writes_down_what_it_finds(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     files = {flag: tmp_path / flag for flag in ("json", "plot")}

@@ -17,6 +17,7 @@ def test_the_optimum_is_where_both_servers_take_equally_long() -> None:
     assert benchmark.optimum_seconds(seconds, slowness) == pytest.approx(17 * 9 * 0.006)
 
 
+@pytest.mark.benchmark
 def test_a_slow_server_is_found_and_gets_fewer_layers() -> None:
     even, planned = benchmark.measure(benchmark.SLOW_DEVICE, rounds=1, steps=1)
     assert {even["layers"], planned["layers"]} <= {"6 + 6 slow", "6 slow + 6", "9 + 3 slow", "3 slow + 9"}

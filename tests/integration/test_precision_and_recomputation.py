@@ -193,14 +193,12 @@ def test_recomputation_changes_nothing(
     assert torch.equal(made[1][4], made[0][4])
 
 
-def test_recomputation_draws_the_same_random_numbers() -> None:
-    """On servers of their own: torch's generator is one a process."""
-    with gradwire.local(stage_servers=2, threads=1) as cluster:
-        plans = [
-            gradwire.Plan(stages=2, microbatches=3, schedule="gpipe", recompute=recompute)
-            for recompute in (False, True)
-        ]
-        kept, again = (train(cluster, "dropping", plan, double=True) for plan in plans)
+def test_recomputation_draws_the_same_random_numbers(four_processes: gradwire.Cluster) -> None:
+    """On servers in processes of their own: torch's generator is one a process."""
+    plans = [
+        gradwire.Plan(stages=2, microbatches=3, schedule="gpipe", recompute=recompute) for recompute in (False, True)
+    ]
+    kept, again = (train(four_processes, "dropping", plan, double=True) for plan in plans)
     assert again[0] == kept[0]
     assert all(torch.equal(again[2][name], kept[2][name]) for name in kept[2])
 

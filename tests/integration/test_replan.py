@@ -201,7 +201,7 @@ def test_a_slow_server_gets_less_to_do(rig: Rig, pace: dict[str, float]) -> None
         assert after.cost_source == "measured"
         for server in after.servers:
             assert server.forward.ratio is not None
-            assert 0.5 < server.forward.ratio < 2
+            assert 0.25 < server.forward.ratio < 4
         again = trainer.replan(minimum_gain=0.3)
         assert not again.moved
         assert "nothing moved" in str(again)

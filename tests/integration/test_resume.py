@@ -30,13 +30,12 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
 
 
 @pytest.fixture(scope="module")
-def whole(commands: Commands) -> Iterator[Path]:
+def whole(commands: Commands, four_processes: gradwire.LocalCluster) -> Path:
     """A run that nothing interrupted, on a cluster that its resumptions go on with."""
-    with gradwire.local(stage_servers=2) as cluster:
-        flags = [*FLAGS, "--coordinator", cluster.address]
-        code, _, err = commands.run("train", "--json", "--no-check", "--data", "text.txt", "--out", "whole", *flags)
-        assert code == 0, err
-        yield commands.directory / "whole"
+    flags = [*FLAGS, "--coordinator", four_processes.address]
+    code, _, err = commands.run("train", "--json", "--no-check", "--data", "text.txt", "--out", "whole", *flags)
+    assert code == 0, err
+    return commands.directory / "whole"
 
 
 def losses(run: Path) -> list[tuple[int, Any, Any]]:

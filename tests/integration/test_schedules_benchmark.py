@@ -17,6 +17,7 @@ TORCHS = ("GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroB
 THEORY = {"gpipe": 3, "1f1b": 3, "interleaved-1f1b": 1.5, "zb-h1": 1, "zb-v": 0.5}
 
 
+@pytest.mark.benchmark
 def test_it_measures_every_schedule_and_writes_down_what_it_finds(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     files = {flag: tmp_path / flag for flag in ("json", "plot")}

@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checkpoint_subject import adamw, asgd, make_batches, make_model, make_trainer, sgd
+from cluster_in_process import cluster_in_process
 from safetensors.torch import load_file
 from torch import nn
 
@@ -29,14 +30,13 @@ from gradwire_protocol.errors import CheckpointError, GradwireError, SettingsErr
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("checkpoints")
+def root(checkpoint_root: Path) -> Path:
+    return checkpoint_root
 
 
 @pytest.fixture(scope="module")
-def cluster(root: Path) -> Iterator[gradwire.LocalCluster]:
-    with gradwire.local(stage_servers=4, threads=1, checkpoint_root=root) as cluster:
-        yield cluster
+def cluster(four_processes: gradwire.LocalCluster) -> gradwire.LocalCluster:
+    return four_processes
 
 
 @pytest.mark.parametrize("make_optimizer", [adamw, sgd, asgd])
@@ -208,49 +208,59 @@ def test_steps_go_on_while_files_are_written(cluster: gradwire.LocalCluster, roo
     shutil.rmtree(root / "large")
 
 
-def test_a_server_killed_while_it_writes_leaves_the_last_checkpoint(tmp_path: Path) -> None:
-    with gradwire.local(stage_servers=3, checkpoint_root=tmp_path) as cluster:
-        with large_trainer(cluster) as trainer:
-            trainer.step(*LARGE_BATCH)
-            trainer.save("a", storage="server")
-        before = check(tmp_path / "a")
-        trainer = large_trainer(cluster)
-        trainer.load("a", storage="server")
-        trainer.step(*LARGE_BATCH)
-        saving = trainer.save("a", wait=False, storage="server")
-        wait_until_written_to(tmp_path)
-        os.kill(next(pid for pid in cluster.process_ids[1:] if writes_below(pid, tmp_path)), signal.SIGKILL)
-        with pytest.raises(gradwire.StageFailed):
-            saving.wait()
-        with pytest.raises(gradwire.StageFailed):
-            trainer.step(*LARGE_BATCH)
-        trainer.close()
-        assert check(tmp_path / "a") == before
-        with large_trainer(cluster) as other:
-            other.load("a", storage="server")
-            assert other.step(*LARGE_BATCH).step == 2
-            other.save("a", storage="server")
-        assert check(tmp_path / "a").step == 2
-        assert [path.name for path in tmp_path.iterdir()] == ["a"]
-
-
-def test_what_a_killed_coordinator_leaves_goes_with_the_next_save(cluster: gradwire.LocalCluster, root: Path) -> None:
-    folder = root / "killed"
+@pytest.fixture(scope="module")
+def fragile(root: Path) -> Iterator[gradwire.LocalCluster]:
+    """For the two tests that kill of it, one after the other: first a stage server, then the coordinator."""
+    folder = root / "fragile"
     folder.mkdir()
-    with gradwire.local(stage_servers=2, checkpoint_root=folder) as killed:
-        trainer = large_trainer(killed)
-        saving = trainer.save("a", wait=False, storage="server")
-        wait_until_written_to(folder)
-        os.kill(killed.process_ids[0], signal.SIGKILL)
-        with pytest.raises(gradwire.GradwireError):
-            saving.wait()
-        trainer.close()
+    with gradwire.local(stage_servers=3, checkpoint_root=folder) as cluster:
+        yield cluster
+
+
+def test_a_server_killed_while_it_writes_leaves_the_last_checkpoint(fragile: gradwire.LocalCluster, root: Path) -> None:
+    folder = root / "fragile"
+    with large_trainer(fragile) as trainer:
+        trainer.step(*LARGE_BATCH)
+        trainer.save("a", storage="server")
+    before = check(folder / "a")
+    trainer = large_trainer(fragile)
+    trainer.load("a", storage="server")
+    trainer.step(*LARGE_BATCH)
+    saving = trainer.save("a", wait=False, storage="server")
+    wait_until_written_to(folder)
+    os.kill(next(pid for pid in fragile.process_ids[1:] if writes_below(pid, folder)), signal.SIGKILL)
+    with pytest.raises(gradwire.StageFailed):
+        saving.wait()
+    with pytest.raises(gradwire.StageFailed):
+        trainer.step(*LARGE_BATCH)
+    trainer.close()
+    assert check(folder / "a") == before
+    with large_trainer(fragile) as other:
+        other.load("a", storage="server")
+        assert other.step(*LARGE_BATCH).step == 2
+        other.save("a", storage="server")
+    assert check(folder / "a").step == 2
+    assert [path.name for path in folder.iterdir()] == ["a"]
+    shutil.rmtree(folder / "a")
+
+
+def test_what_a_killed_coordinator_leaves_goes_with_the_next_save(
+    cluster: gradwire.LocalCluster, fragile: gradwire.LocalCluster, root: Path
+) -> None:
+    folder = root / "fragile"
+    trainer = large_trainer(fragile)
+    saving = trainer.save("a", wait=False, storage="server")
+    wait_until_written_to(folder)
+    os.kill(fragile.process_ids[0], signal.SIGKILL)
+    with pytest.raises(gradwire.GradwireError):
+        saving.wait()
+    trainer.close()
     assert [path.suffix for path in folder.iterdir()] == [".partial"]
     with large_trainer(cluster) as trainer:
-        trainer.save("killed/a", storage="server")
+        trainer.save("fragile/a", storage="server")
     assert [path.name for path in folder.iterdir()] == ["a"]
     assert check(folder / "a").step == 0
-    shutil.rmtree(folder)
+    shutil.rmtree(folder / "a")
 
 
 def writes_below(pid: int, folder: Path) -> bool:
@@ -342,7 +352,10 @@ def test_roots_that_are_not_one_are_found_out(tmp_path: Path) -> None:
 
 
 def test_without_a_root_it_is_refused_and_the_run_goes_on(tmp_path: Path) -> None:
-    with gradwire.local(stage_servers=1) as cluster, make_trainer(cluster, make_model(), stages=1) as trainer:
+    with (
+        cluster_in_process(tmp_path / "state", stage_servers=1) as cluster,
+        make_trainer(cluster, make_model(), stages=1) as trainer,
+    ):
         for call in (trainer.save, trainer.load):
             with pytest.raises(
                 SettingsError, match=r"The coordinator has no directory of checkpoints.*--checkpoint-root"

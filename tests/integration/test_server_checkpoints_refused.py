@@ -20,14 +20,13 @@ from gradwire_protocol.v1 import coordinator_pb2, coordinator_pb2_grpc, run_pb2
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("checkpoints")
+def root(checkpoint_root: Path) -> Path:
+    return checkpoint_root
 
 
 @pytest.fixture(scope="module")
-def cluster(root: Path) -> Iterator[gradwire.LocalCluster]:
-    with gradwire.local(stage_servers=4, threads=1, checkpoint_root=root) as cluster:
-        yield cluster
+def cluster(four_processes: gradwire.LocalCluster) -> gradwire.LocalCluster:
+    return four_processes
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from memory_child import PAYLOAD, SLOT_BYTES, SLOTS
 from torch import nn
 
 import gradwire
+from gradwire.service_process import ServiceProcess, end_all
 from gradwire_protocol.handover import Directory, Handover, take_over
 from gradwire_protocol.shared_block import BlockError, OwnBlock, PeerBlock
 
@@ -194,33 +195,67 @@ def train(cluster: gradwire.Cluster, stages: int = 2, steps: int = 3) -> None:
             trainer.step(x, x)
 
 
+class Pair:
+    """A cluster of two stage servers, in the order in which runs take them; one may be killed and replaced."""
+
+    def __init__(self, cluster: gradwire.LocalCluster, logs: Path) -> None:
+        self.cluster = cluster
+        self.servers = cluster.process_ids[1:]
+        self.replacements: list[ServiceProcess] = []
+        self._logs = logs
+
+    def complete(self) -> None:
+        """Start a server in the place of one that has been killed."""
+        if len(self.servers) == 2:
+            return
+        flags = ["--coordinator", self.cluster.address, "--metrics-listen", ""]
+        log = self._logs / f"{len(self.replacements)}.log"
+        made = ServiceProcess("a server", "gradwire_stage", flags, log)
+        self.replacements.append(made)
+        made.wait_ready(time.monotonic() + 60)
+        self.servers.append(made.process_id)
+        # Until the lease of the dead one is over, if nothing has told the coordinator before.
+        wait_until(lambda: len(self.cluster.status().servers) == 2, 30)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    with gradwire.local(stage_servers=2) as cluster:
+        made = Pair(cluster, tmp_path_factory.mktemp("logs"))
+        try:
+            yield made
+        finally:
+            end_all(made.replacements, 5)
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("after_seconds", [0.0, 0.02, 0.25])
-def test_a_stage_server_killed_in_training(victim: int, after_seconds: float) -> None:
+def test_a_stage_server_killed_in_training(pair: Pair, victim: int, after_seconds: float) -> None:
     """The run fails with an error that names it; the other server has nothing of the run, and goes on serving."""
-    with gradwire.local(stage_servers=2) as cluster:
-        servers = cluster.process_ids[1:]
-        train(cluster)
-        wait_until(lambda: not any(map(blocks_of, servers)))
-        survivor = servers[1 - victim]
-        before = descriptors_of(survivor)
-        blocks: set[int] = set()
+    pair.complete()
+    cluster, servers = pair.cluster, list(pair.servers)
+    train(cluster)
+    wait_until(lambda: not any(map(blocks_of, servers)))
+    survivor = servers[1 - victim]
+    before = descriptors_of(survivor)
+    blocks: set[int] = set()
 
-        def strike() -> None:
-            # During the first step: as soon as the first block is there, or a moment later.
-            wait_until(lambda: any(map(blocks_of, servers)), 30)
-            time.sleep(after_seconds)
-            for server in servers:
-                blocks.update(blocks_of(server))
-            os.kill(servers[victim], signal.SIGKILL)
+    def strike() -> None:
+        # During the first step: as soon as the first block is there, or a moment later.
+        wait_until(lambda: any(map(blocks_of, servers)), 30)
+        time.sleep(after_seconds)
+        for server in servers:
+            blocks.update(blocks_of(server))
+        os.kill(servers[victim], signal.SIGKILL)
+        pair.servers.remove(servers[victim])
 
-        striker = threading.Thread(target=strike)
-        striker.start()
-        with pytest.raises((gradwire.StageFailed, gradwire.Unreachable)):
-            train(cluster, steps=100_000)
-        striker.join()
-        assert blocks
-        wait_until(lambda: not blocks_of(survivor))
-        assert not users_of(blocks)
-        wait_until(lambda: descriptors_of(survivor) <= before)
-        train(cluster, stages=1)
+    striker = threading.Thread(target=strike)
+    striker.start()
+    with pytest.raises((gradwire.StageFailed, gradwire.Unreachable)):
+        train(cluster, steps=100_000)
+    striker.join()
+    assert blocks
+    wait_until(lambda: not blocks_of(survivor))
+    assert not users_of(blocks)
+    wait_until(lambda: descriptors_of(survivor) <= before)
+    train(cluster, stages=1)

@@ -49,6 +49,7 @@ def ask(first: Host, second: Host, size: int) -> tuple[float, float]:
     return round_trip, seconds
 
 
+@pytest.mark.benchmark
 @pytest.mark.skipif(not Path("/dev/net/tun").exists(), reason="no TUN devices here")
 def test_a_delayed_link_has_its_rate_and_its_delay() -> None:
     try:

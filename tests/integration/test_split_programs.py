@@ -6,7 +6,8 @@ from collections.abc import Collection
 
 import pytest
 import torch
-from stage_cluster import MEAN, SUM, Cluster, Reference
+from stage_cluster import Cluster
+from stage_model import MEAN, SUM, Reference
 
 LAYOUTS = {
     "one server": {"A": [0, 1, 2]},

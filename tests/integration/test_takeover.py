@@ -8,7 +8,8 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 import pytest
 import torch
-from stage_cluster import _HOLDERS, WIDTH, Cluster, StageServer, Stream
+from stage_cluster import Cluster, StageServer, Stream
+from stage_model import HOLDERS, WIDTH
 
 from gradwire_protocol.errors import FrameError, GradwireError, StaleGeneration
 from gradwire_protocol.v1 import run_pb2, stage_pb2
@@ -40,7 +41,7 @@ def state_of(cluster: Cluster, name: str) -> Snapshot:
 
 
 def held(stages: list[int]) -> set[str]:
-    return {name for name, holders in _HOLDERS.items() if set(holders) & set(stages)}
+    return {name for name, holders in HOLDERS.items() if set(holders) & set(stages)}
 
 
 def train(cluster: Cluster) -> None:
