@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
+from gradwire_protocol.dealing import deal
 from gradwire_protocol.errors import BatchError, DataError
 from gradwire_protocol.v1 import run_pb2
 
@@ -41,12 +42,15 @@ def _equal_sizes(rows: int, parts: int, exactly: int) -> list[int]:
     return [exactly] * (rows // exactly)
 
 
-def micro_batches(rows: int, parts: int, exactly: int | None = None) -> list[run_pb2.MicroBatch]:
-    """Return the micro-batches of a batch, all for replica 0. exactly: the rows that each must have."""
+def micro_batches(
+    rows: int, parts: int, exactly: int | None = None, shares: Sequence[float] = (1.0,)
+) -> list[run_pb2.MicroBatch]:
+    """Return the micro-batches of a batch. exactly: the rows that each must have. shares: of them, by replica."""
     result: list[run_pb2.MicroBatch] = []
     first_row = 0
-    for index, size in enumerate(split_sizes(rows, parts, exactly)):
-        result.append(run_pb2.MicroBatch(index=index, replica=0, first_row=first_row, rows=size))
+    sizes = split_sizes(rows, parts, exactly)
+    for index, (size, replica) in enumerate(zip(sizes, deal(len(sizes), shares), strict=True)):
+        result.append(run_pb2.MicroBatch(index=index, replica=replica, first_row=first_row, rows=size))
         first_row += size
     return result
 

@@ -187,8 +187,8 @@ class Cluster:
         return RunPlan.from_proto(reply.plan, reply.timeline)
 
     @contextmanager
-    def spare_servers(self, count: int, busy: Collection[str]) -> Iterator[None]:
-        """See to it that `count` servers besides the busy ones are there, if this cluster can start any."""
+    def spare_servers(self, stages: int, parameters: int, busy: Collection[str]) -> Iterator[None]:
+        """See to it that so many servers besides the busy ones are there, if this cluster can start any."""
         yield
 
     def close(self) -> None:

@@ -68,6 +68,7 @@ class Collector:
         stall_seconds: float,
         checksums: bool,
     ) -> None:
+        self._layout = layout
         self._run = layout.run
         self._generation = layout.generation
         self._drive = drive
@@ -137,13 +138,16 @@ class Collector:
         except grpc.RpcError as error:
             if item.failure is not None:
                 self._drive.fail(item.failure)
-            raise self._error(item, from_rpc_error(error, target=peer_name(item.server))) from None
+            raise self._error(item, from_rpc_error(error, target=self._name(item))) from None
+
+    def _name(self, item: _Call) -> str:
+        return peer_name(item.server, self._layout)
 
     def _error(self, item: _Call, error: GradwireError) -> GradwireError:
         """Return the run's failure, where the server may only have suffered from it; else what the server says."""
         if isinstance(error, Unreachable | Aborted):
             return verdict(self._drive, error)
-        message = f"Cannot collect the results of entry {item.entry} from {peer_name(item.server)}: {error.message}"
+        message = f"Cannot collect the results of entry {item.entry} from {self._name(item)}: {error.message}"
         return type(error)(message, expected=error.expected, got=error.got, remedy=error.remedy)
 
     def _check(self) -> None:
@@ -155,7 +159,7 @@ class Collector:
             silent_seconds = item.silent_ticks * TICK_SECONDS
             if silent_seconds >= self._stall_seconds and item.failure is None:
                 item.failure = Stalled(
-                    f"{peer_name(item.server)} has sent nothing of the results of entry {item.entry} for "
+                    f"{self._name(item)} has sent nothing of the results of entry {item.entry} for "
                     f"{silent_seconds:.0f} s",
                     expected=f"results within {self._stall_seconds:g} s, the plan's stall_seconds: the entry is done",
                     remedy="check the network between this process and that server",
@@ -168,9 +172,13 @@ def verdict(drive: Drive, error: GradwireError) -> GradwireError:
     return drive.wait_failure(_VERDICT_SECONDS) or error
 
 
-def peer_name(server: coordinator_pb2.ServerLayout) -> str:
-    """Return how errors name a server: "stage 1 on b at 10.0.0.2:7071"."""
-    return f"{stage_names(server.stages)} on {server.server} at {server.address}"
+def peer_name(server: coordinator_pb2.ServerLayout, layout: coordinator_pb2.CreateRunReply) -> str:
+    """Return how errors name a server of a run: "stage 1 on b at 10.0.0.2:7071"; of several replicas also its own."""
+    if server.parameter_server:
+        number = server.stages[0] - min(other.stages[0] for other in layout.servers if other.parameter_server)
+        return f"parameter server {number} on {server.server} at {server.address}"
+    several = any(other.replica for other in layout.servers)
+    return f"{stage_names(server.stages, server.replica if several else None)} on {server.server} at {server.address}"
 
 
 def _content(message: Message) -> Value | None:

@@ -30,19 +30,21 @@ class Dispatched:
 
 
 class Dispatcher:
-    """Sends batches of one run, whose micro-batches are at most `microbatches`. For the trainer's thread."""
+    """Sends batches of one run. For the trainer's thread."""
 
-    def __init__(self, session: Session, exported: ExportedModel, microbatches: int) -> None:
+    def __init__(self, session: Session, exported: ExportedModel, microbatches: int, shares: Sequence[float]) -> None:
+        """microbatches: of a batch, at most. shares: of them, by replica."""
         self._session = session
         self._exported = exported
         self._microbatches = microbatches
+        self._shares = tuple(shares)
 
     def send(
         self, batch: Batch, graph: graph_pb2.GraphKind, make_entry: Callable[[list[run_pb2.MicroBatch]], run_pb2.Entry]
     ) -> Dispatched:
         """Put an entry into the log and its batch on the way. BatchError, before anything is sent, if it is wrong."""
         flat = self._exported.flatten_batch(batch, graph)
-        parts = micro_batches(flat.rows, self._microbatches, self._exported.batch.micro_batch_rows)
+        parts = micro_batches(flat.rows, self._microbatches, self._exported.batch.micro_batch_rows, self._shares)
         entry = make_entry(parts)
         entry.number = self._session.reserve()
         # The entry goes first: servers then take its rows, however many, as they come.

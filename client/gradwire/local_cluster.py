@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from gradwire.cluster import Cluster
 from gradwire.operator_modules import operator_flags
 from gradwire.service_process import ServiceProcess, end_all
 from gradwire_protocol.errors import SettingsError
+from gradwire_protocol.v1 import coordinator_pb2
 
 _START_SECONDS = 60.0
 _GRACE_SECONDS = 5.0
@@ -35,6 +37,7 @@ class LocalProcesses:
         self,
         *,
         stage_servers: int = 2,
+        parameter_servers: int = 0,
         threads: int = 1,
         listen: str = "127.0.0.1:0",
         log_dir: Path | str | None = None,
@@ -42,10 +45,18 @@ class LocalProcesses:
         checkpoint_root: Path | str | None = None,
         operators: Sequence[str] = (),
     ) -> None:
-        for name, value in (("stage_servers", stage_servers), ("threads", threads)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise SettingsError(f"{name} is not valid", expected="a whole number, 1 or more", got=repr(value))
+        counts = (
+            ("stage_servers", stage_servers, 1),
+            ("parameter_servers", parameter_servers, 0),
+            ("threads", threads, 1),
+        )
+        for name, value, least in counts:
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise SettingsError(
+                    f"{name} is not valid", expected=f"a whole number, {least} or more", got=repr(value)
+                )
         self._stage_servers = stage_servers
+        self._parameter_servers = parameter_servers
         self._threads = threads
         self._listen = listen
         self._log_dir = Path(log_dir) if log_dir is not None else None
@@ -105,28 +116,34 @@ class LocalProcesses:
         )
         ready = self._coordinator.wait_ready(deadline)
         self.address, self.metrics_address = ready.address, ready.metrics_address
-        self._start_stage_servers(self._stage_servers)
+        self._start_servers(self._stage_servers, "stage")
+        self._start_servers(self._parameter_servers, "parameter")
 
-    def _start_stage_servers(self, count: int) -> None:
+    def _start_servers(self, count: int, role: str) -> None:
         arguments = ["--listen", _ANY_PORT, "--coordinator", self.address, "--threads", str(self._threads)]
-        arguments += ["--metrics-listen", _ANY_PORT]
+        arguments += ["--metrics-listen", _ANY_PORT, "--role", role]
         if self._weights_root is not None:
             arguments += ["--weights-root", str(self._weights_root)]
         arguments += self._checkpoint_arguments()
         arguments += self._operators
-        for index in range(len(self._stages), len(self._stages) + count):
-            log = self.log_dir / f"stage-{index}.log"
-            self._stages.append(ServiceProcess(f"stage server {index}", "gradwire_stage", arguments, log))
+        started = sum(process.name.startswith(f"{role} server") for process in self._stages)
+        for index in range(started, started + count):
+            log = self.log_dir / f"{role}-{index}.log"
+            self._stages.append(ServiceProcess(f"{role} server {index}", "gradwire_stage", arguments, log))
 
     def _checkpoint_arguments(self) -> list[str]:
         return [] if self._checkpoint_root is None else ["--checkpoint-root", str(self._checkpoint_root)]
 
     @contextmanager
-    def more_stage_servers(self, count: int) -> Iterator[None]:
-        """Start more stage servers, and end them after the block. It does not wait for them to register."""
+    def more_servers(self, stages: int, parameters: int) -> Iterator[None]:
+        """Start more servers of stages and of parameters, and end them after the block.
+
+        It does not wait for them to register.
+        """
         before = len(self._stages)
         try:
-            self._start_stage_servers(count)
+            self._start_servers(stages, "stage")
+            self._start_servers(parameters, "parameter")
             yield
         finally:
             more, self._stages = self._stages[before:], self._stages[:before]
@@ -225,11 +242,14 @@ class LocalCluster(Cluster):
             self._processes.__exit__(kind, error, traceback)
 
     @contextmanager
-    def spare_servers(self, count: int, busy: Collection[str]) -> Iterator[None]:
-        """Start the stage servers that are missing for `count` free ones, and end these after the block."""
+    def spare_servers(self, stages: int, parameters: int, busy: Collection[str]) -> Iterator[None]:
+        """Start the servers that are missing for so many free ones, and end these after the block."""
         # What a server does is known from its last heartbeat: `busy` may not show yet.
-        free = [s for s in self.status().servers if s.server not in busy and not s.activity.run]
-        with self._processes.more_stage_servers(max(0, count - len(free))):
+        free = Counter(s.role for s in self.status().servers if s.server not in busy and not s.activity.run)
+        with self._processes.more_servers(
+            max(0, stages - free[coordinator_pb2.SERVER_ROLE_STAGE]),
+            max(0, parameters - free[coordinator_pb2.SERVER_ROLE_PARAMETER]),
+        ):
             self._processes.wait_registered(self)
             yield
         self._processes.wait_signed_off(self)
@@ -248,6 +268,7 @@ class LocalCluster(Cluster):
 def local(
     *,
     stage_servers: int = 2,
+    parameter_servers: int = 0,
     threads: int = 1,
     listen: str = "127.0.0.1:0",
     log_dir: Path | str | None = None,
@@ -257,14 +278,16 @@ def local(
 ) -> LocalCluster:
     """Return a cluster on this machine, to be used in a `with` statement.
 
-    stage_servers: how many; a run takes Plan.stages of them. threads: compute threads of each. listen: HOST:PORT of the
-    coordinator; port 0 is any free one. log_dir: where the processes' output goes; None: a temporary directory, kept
-    only if the block ends with an error. weights_root: the directory below which the servers may read weights.
-    checkpoint_root: the directory below which they write and read checkpoints (`save(…, storage="server")`).
+    stage_servers: how many; a run takes Plan.stages · replicas of them. parameter_servers: as many as a run is to have
+    (Plan.parameter_servers). threads: compute threads of each. listen:
+    HOST:PORT of the coordinator; port 0 is any free one. log_dir: where the processes' output goes; None: a temporary
+    directory, kept only if the block ends with an error. weights_root: the directory below which the servers may read
+    weights. checkpoint_root: the directory below which they write and read checkpoints (`save(…, storage="server")`).
     operators: modules, by name or path, that the servers import for the custom operators that they define.
     """
     processes = LocalProcesses(
         stage_servers=stage_servers,
+        parameter_servers=parameter_servers,
         threads=threads,
         listen=listen,
         log_dir=log_dir,

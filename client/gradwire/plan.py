@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ from typing import Any
 from gradwire_protocol.checksums import check_available
 from gradwire_protocol.codecs import AUTO, CODEC_NAMES
 from gradwire_protocol.errors import PlanError
+from gradwire_protocol.exchanges import LOCAL, PARAMETER_SERVER, parse_exchange
+from gradwire_protocol.gradient_codecs import AUTO as AUTO_GRADIENTS
+from gradwire_protocol.gradient_codecs import parse_compression
 from gradwire_protocol.v1 import run_pb2, tensors_pb2
 
 MAXIMUM_WINDOW = 16
@@ -26,7 +30,7 @@ _VIRTUAL_STAGES = {
     "zb-v": (2, 2),
 }
 _TRANSPORTS = ("auto", "grpc")
-_ZERO = ("auto", "none")
+_ZERO = ("auto", "on", "off")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,16 +40,24 @@ class Plan:
     stages: stage servers of the pipeline, one stage on each, or several with virtual_stages.
     replicas: copies of the pipeline that see other data.
     tensor: servers that share one stage's operators.
-    microbatches: parts that a batch is cut into, along dimension 0; fewer where the batch has fewer rows.
+    microbatches: parts that a batch is cut into, along dimension 0, over all replicas; fewer where the batch has fewer
+        rows. Replicas take them in proportion to their speed.
     schedule: "gpipe", "1f1b", "interleaved-1f1b", "zb-h1", "zb-v" (docs/schedules.md), or "auto": what a simulation
         finds the fastest, one of these or an order made for the run's costs.
-    exchange: how replicas agree on gradients.
-    compression: codec of the gradients that replicas exchange.
+    exchange: how replicas agree: "ring": on the gradients of every step, sums of parts that go around; or "local": each
+        trains alone, and every so many steps (`every`, 50 if left out) they go on from the average of what they have
+        learned, by an outer optimizer: "local(learning_rate=0.7, momentum=0.9)"; or "parameter-server": so many servers
+        (`parameter_servers`, 1 if left out) hold weights and optimizer, and a step may begin with weights that lack so
+        many updates (`staleness`, 0 if left out; `window` becomes larger than it).
+    compression: codec of the gradients that replicas exchange, with its settings: "none", "fp16", "bf16", "int8",
+        "topk(density=0.01)", "powersgd(rank=4)"; or "auto": measured on the links between replicas, and lossy only
+        where that makes a step faster.
     activation_compression: codec of the values between stages and of their gradients: "none", "bf16", "fp16", "int8"
         (blocks with a scale each), or "auto": measured on the links, and lossy only where that makes a step faster. One
         for all boundaries, or a list with one for each, stages · virtual_stages − 1 of them, for what the stage behind
         it reads. Within a server nothing is encoded.
-    zero: sharding of the optimizer's state.
+    zero: whether replicas share the optimizer's state, each updating a part of the weights (ZeRO, stage 1): "on",
+        "off", or "auto": with an exchange in a ring, compression "none", and an optimizer that works by elements.
     recompute: run a stage's forward pass again before its backward pass, instead of keeping what that needs: for each
         micro-batch on its way a stage holds the values that it received, and no more.
     virtual_stages: stages on each server. Left at 1 under "interleaved-1f1b" and "zb-v", which need more, it becomes 2.
@@ -66,6 +78,9 @@ class Plan:
     microbatches: int = 8
     schedule: str = "auto"
     exchange: str = "ring"
+    every: int | None = None
+    parameter_servers: int | None = None
+    staleness: int | None = None
     compression: str = "none"
     activation_compression: str | Sequence[str] = "none"
     zero: str = "auto"
@@ -82,16 +97,18 @@ class Plan:
         for name in ("stages", "replicas", "tensor", "microbatches", "virtual_stages"):
             _check_count(name, getattr(self, name))
         _check_count("window", self.window, MAXIMUM_WINDOW)
-        for name in ("replicas", "tensor"):
-            _check_supported(name, getattr(self, name), (1,))
+        _check_supported("tensor", self.tensor, (1,))
+        _check_replicas(self.replicas, self.microbatches)
         for name in ("recompute", "checksums"):
             if not isinstance(getattr(self, name), bool):
                 raise PlanError(f"{name} is not valid", expected="True or False", got=repr(getattr(self, name)))
         _check_supported("schedule", self.schedule, tuple(_VIRTUAL_STAGES))
         object.__setattr__(self, "virtual_stages", _checked_virtual_stages(self.virtual_stages, self.schedule))
         stages = self.stages * self.virtual_stages
-        _check_supported("exchange", self.exchange, ("ring",))
-        _check_supported("compression", self.compression, ("none",))
+        object.__setattr__(self, "exchange", _checked_exchange(self))
+        # A replica can be ahead of another by no more steps than are open.
+        object.__setattr__(self, "window", max(self.window, 1 + parse_exchange(self.exchange).staleness))
+        object.__setattr__(self, "compression", _checked_compression(self.compression))
         codecs = _checked_codecs(self.activation_compression, stages)
         object.__setattr__(self, "activation_compression", codecs)
         _check_supported("zero", self.zero, _ZERO)
@@ -147,6 +164,9 @@ class Plan:
             stall_seconds=self.stall_seconds,
             step_seconds=self.step_seconds or 0.0,
             checksums=self.checksums,
+            exchange=self.exchange,
+            compression=self.compression,
+            zero=self.zero,
         )
 
 
@@ -172,6 +192,54 @@ def _check_supported(name: str, value: Any, supported: tuple[Any, ...]) -> None:
             got=repr(value),
             remedy=f"leave {name} out, or set it to {supported[0]!r}",
         )
+
+
+def _check_replicas(replicas: int, microbatches: int) -> None:
+    if replicas > microbatches:
+        raise PlanError(
+            "There are fewer micro-batches than replicas, so some would have nothing to do",
+            expected=f"microbatches of {replicas} or more: they are those of all replicas",
+            got=f"replicas={replicas}, microbatches={microbatches}",
+            remedy="use more micro-batches, or fewer replicas",
+        )
+
+
+def _checked_exchange(plan: Plan) -> str:
+    """Return the exchange of a plan with all that belongs to its name."""
+    text: Any = plan.exchange
+    if not isinstance(text, str):
+        raise PlanError("exchange is not valid", expected="a text, such as 'ring' or 'local'", got=repr(text))
+    exchange = parse_exchange(text)
+    for field, setting, least, name in (
+        ("every", "every", 1, LOCAL),
+        ("parameter_servers", "servers", 1, PARAMETER_SERVER),
+        ("staleness", "staleness", 0, PARAMETER_SERVER),
+    ):
+        value = getattr(plan, field)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise PlanError(f"{field} is not valid", expected=f"a whole number, {least} or more", got=repr(value))
+        if exchange.name != name:
+            raise PlanError(
+                f"{field} is of no use to this exchange",
+                expected=f'exchange="{name}"',
+                got=f"exchange={text!r}, {field}={value}",
+            )
+        exchange = dataclasses.replace(exchange, **{setting: value})  # type: ignore[arg-type]
+    return str(parse_exchange(str(exchange)))
+
+
+def _checked_compression(text: Any) -> str:
+    """Return a codec of gradients with all that belongs to its name."""
+    if not isinstance(text, str):
+        raise PlanError(
+            "compression is not valid",
+            expected="a text, such as 'int8'",
+            got=repr(text),
+            remedy='write it as in compression="int8" or compression="topk(density=0.01)"',
+        )
+    return AUTO_GRADIENTS if text.strip() == AUTO_GRADIENTS else str(parse_compression(text))
 
 
 def _checked_virtual_stages(virtual_stages: int, schedule: str) -> int:

@@ -79,23 +79,22 @@ class Report:
             ratio = f" ({pair.ratio:.2f}×)" if pair.ratio is not None and matters else ""
             return f"{unit.show(pair.predicted)} → {unit.show(pair.measured)}{ratio}"
 
-        rows = [_HEAD]
+        rows = [_with_replica(_HEAD, "replica", self.servers)]
         for server in self.servers:
             longest = max(server.waits, key=lambda wait: server.waits[wait], default="")
-            rows.append(
-                (
-                    server.server,
-                    " ".join(map(str, server.stages)),
-                    cell(server.forward),
-                    cell(server.backward),
-                    cell(server.update),
-                    unit.show(server.transfer_seconds),
-                    f"{unit.show(server.idle_seconds)} ({server.idle_seconds / server.window_seconds:.0%})"
-                    if server.window_seconds
-                    else "",
-                    longest.removeprefix("wait-"),
-                )
+            cells = (
+                server.server,
+                " ".join(map(str, server.stages)),
+                cell(server.forward),
+                cell(server.backward),
+                cell(server.update),
+                unit.show(server.transfer_seconds),
+                f"{unit.show(server.idle_seconds)} ({server.idle_seconds / server.window_seconds:.0%})"
+                if server.window_seconds
+                else "",
+                longest.removeprefix("wait-"),
             )
+            rows.append(_with_replica(cells, str(server.replica), self.servers))
         yield from _aligned(rows)
         yield (
             f"({unit.name} a step, predicted → measured; costs were {self.cost_source or 'estimated'}; "
@@ -110,8 +109,8 @@ def make_report(
 ) -> Report:
     """Compare a plan with the steps that its layout has carried out.
 
-    servers: identifiers, by position. rows: of the batch that the plan expects. recompute: forwards are run again for
-    their backwards. SettingsError if there are no steps.
+    servers: identifiers, by position, one replica after the other. rows: of the batch that the plan expects.
+    recompute: forwards are run again for their backwards. SettingsError if there are no steps.
     """
     if not steps:
         raise SettingsError(
@@ -122,7 +121,7 @@ def make_report(
         )
     # As the prediction has it: a batch may have fewer rows than the plan has micro-batches.
     count = min(plan.micro_batches, rows)
-    made = tuple(_server(plan, steps, count, position, server) for position, server in enumerate(servers))
+    made = tuple(_server(plan, steps, count, place, server) for place, server in enumerate(servers))
     seconds = Compared(plan.predicted.seconds, fmean(step.seconds for step in steps))
     bubble = Compared(plan.predicted.bubble, fmean(step.bubble for step in steps))
     of_rows = Compared(float(rows), fmean(step.rows for step in steps))
@@ -134,16 +133,16 @@ def make_report(
         seconds=seconds,
         bubble=bubble,
         theoretical_bubble=plan.theoretical_bubble_ratio,
-        traffic_bytes=sum(stage.boundary_bytes + stage.returned_bytes for stage in plan.stages),
+        traffic_bytes=sum(candidate.traffic_bytes for candidate in plan.candidates if candidate.chosen),
         cost_source=plan.cost_source,
         servers=made,
         findings=tuple(find(plan, made, seconds=seconds, bubble=bubble, rows=of_rows, recompute=recompute)),
     )
 
 
-def _server(
-    plan: RunPlan, steps: Sequence[MeasuredStep], micro_batches: int, position: int, server: str
-) -> ServerReport:
+def _server(plan: RunPlan, steps: Sequence[MeasuredStep], micro_batches: int, place: int, server: str) -> ServerReport:
+    """micro_batches: of a step, over all replicas. place: of the server in the run's list."""
+    replica, position = divmod(place, plan.servers_each)
     times = [step.servers[server] for step in steps if server in step.servers]
     count = max(1, len(times))
 
@@ -154,10 +153,11 @@ def _server(
         return {name: total / count for name, total in totals.items()}
 
     busy, waits = mean([time.busy for time in times]), mean([time.idle for time in times])
-    forward, backward = _predicted(plan, position, micro_batches)
-    update = sum(each.update_seconds for each in plan.servers if each.position == position)
+    forward, backward = _predicted(plan, position, plan.micro_batches_of(replica, micro_batches))
+    update = sum(each.update_seconds for each in plan.servers if (each.replica, each.position) == (replica, position))
     return ServerReport(
         position=position,
+        replica=replica if plan.replicas > 1 else None,
         server=server,
         stages=tuple(stage.stage for stage in plan.stages if stage.server == position),
         forward=Compared(forward, busy.get("forward", 0.0)),
@@ -179,6 +179,12 @@ def _predicted(plan: RunPlan, position: int, micro_batches: int) -> tuple[float,
             backward += stage.backward_seconds * (micro_batches - split[stage.stage])
             backward += (stage.input_gradient_seconds + stage.weight_gradient_seconds) * split[stage.stage]
     return forward, backward
+
+
+def _with_replica(cells: Sequence[str], cell: str, servers: Sequence[ServerReport]) -> tuple[str, ...]:
+    """Return a row of the table, with a cell for the replica where there are several."""
+    first, *others = cells
+    return (first, *others) if all(server.replica is None for server in servers) else (first, cell, *others)
 
 
 def _shown(server: ServerReport) -> Iterator[float]:

@@ -16,6 +16,7 @@ _UNEVEN = 1.1
 # Shares of a server's time that are worth a word.
 _NOTABLE_WAIT = 0.1
 _NOTABLE_BATCH_WAIT = 0.05
+_NOTABLE_EXCHANGE_WAIT = 0.1
 # How far the idle share may be above what was simulated.
 _NOTABLE_BUBBLE = 0.05
 # Of a step; below this a difference is not worth naming.
@@ -38,8 +39,10 @@ def find(
             "predicted is for those"
         )
     yield from _largest(servers, seconds)
-    yield from _balance(servers)
+    if plan.replicas == 1:
+        yield from _balance(servers)
     yield from _waits(servers)
+    yield from _exchange(plan, servers)
     if bubble.difference > _NOTABLE_BUBBLE:
         assumed = [link.stage for link in plan.links if not link.measured]
         why = " Links were assumed, not measured." if assumed else ""
@@ -86,18 +89,26 @@ def _balance(servers: Sequence[ServerReport]) -> Iterator[str]:
         yield "all servers are off by about the same factor: trainer.replan() has little to gain"
 
 
-def _waits(servers: Sequence[ServerReport]) -> Iterator[str]:
+def _share(servers: Sequence[ServerReport], wait: str) -> float:
+    """Return the share of all servers' time that they waited for something."""
     windows = sum(server.window_seconds for server in servers)
-    if windows <= 0:
-        return
+    return sum(server.waits.get(wait, 0.0) for server in servers) / windows if windows > 0 else 0.0
 
-    def share(wait: str) -> float:
-        return sum(server.waits.get(wait, 0.0) for server in servers) / windows
 
-    if (between := share("wait-step")) > _NOTABLE_WAIT:
+def _exchange(plan: RunPlan, servers: Sequence[ServerReport]) -> Iterator[str]:
+    share = _share(servers, "wait-exchange")
+    if plan.replicas > 1 and share > _NOTABLE_EXCHANGE_WAIT:
+        remedy = "larger batches exchange less often"
+        if plan.compression == "none":
+            remedy = f'gradients are not compressed (compression="int8"), and {remedy}'
+        yield f"servers wait {share:.0%} of the time for what others send at the end of a step: {remedy}"
+
+
+def _waits(servers: Sequence[ServerReport]) -> Iterator[str]:
+    if (between := _share(servers, "wait-step")) > _NOTABLE_WAIT:
         yield (
             f"servers wait {between:.0%} of the time for the next step: keep steps in flight with trainer.run(loader), "
             "or load batches faster"
         )
-    if (late := share("wait-batch")) > _NOTABLE_BATCH_WAIT:
+    if (late := _share(servers, "wait-batch")) > _NOTABLE_BATCH_WAIT:
         yield f"servers wait {late:.0%} of the time for rows of the batch: they come slowly from this process"

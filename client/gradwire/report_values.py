@@ -31,12 +31,13 @@ class Compared:
 class ServerReport:
     """Where one server's seconds of a step went, on average over the measured steps.
 
-    backward: with the gradients of weights. transfer_seconds: encoding and decoding what travels. waits: by what was
-    waited for. Forward, backward, update, transfer and waits, as measured, add up to window_seconds: from the end of
-    one step to the end of the next.
+    position: in its pipeline. replica: None where there is only one. backward: with the gradients of weights.
+    transfer_seconds: encoding and decoding what travels. waits: by what was waited for. Forward, backward, update,
+    transfer and waits, as measured, add up to window_seconds: from the end of one step to the end of the next.
     """
 
     position: int
+    replica: int | None
     server: str
     stages: tuple[int, ...]
     forward: Compared
@@ -57,6 +58,7 @@ class ServerReport:
 
     @property
     def name(self) -> str:
-        """The server in a sentence: "server 1 (stage 1)"."""
+        """The server in a sentence: "server 1 (stage 1)", "server 1 (stage 1) of replica 0"."""
         several = "stages" if len(self.stages) > 1 else "stage"
-        return f"server {self.position} ({several} {', '.join(map(str, self.stages))})"
+        own = f"server {self.position} ({several} {', '.join(map(str, self.stages))})"
+        return own if self.replica is None else f"{own} of replica {self.replica}"

@@ -7,20 +7,22 @@ Values only, read from what the coordinator answers. Leaves to others: what a us
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gradwire.timeline_drawing import TimedAction
 from gradwire.units import shown_bytes, shown_seconds
 from gradwire_protocol.codecs import NAME_OF_CODEC
+from gradwire_protocol.dealing import deal
+from gradwire_protocol.exchanges import parse_exchange
 from gradwire_protocol.program import action_from_proto
 from gradwire_protocol.v1 import coordinator_pb2 as pb
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedStage:
-    """One stage of the pipeline, and what it is expected to take.
+    """One stage of the pipeline, of each replica, and what it is expected to take.
 
     server: position of its server. first_node, nodes: of the training graph. parameters: elements that it holds.
     forward_seconds, …: of one micro-batch; the backward is in two parts under some schedules. boundary_bytes,
@@ -47,9 +49,14 @@ class PlannedStage:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedServer:
-    """A server of the plan, by position: what it does in a step, and what it holds at the peak, in bytes."""
+    """A server of the plan: what it does in a step, and what it holds at the peak, in bytes.
+
+    position: in the pipeline of its replica. reduce_seconds: exchanging gradients with other replicas, and adding up
+    those of tied parameters.
+    """
 
     position: int
+    replica: int
     server: str
     device: str
     # Of the device; 0: not known.
@@ -127,11 +134,22 @@ class RunPlan:
     partition_gap: by which share other cuts could make the busiest server faster at the most; 0: it is proven that none
     do; None: the plan says where to cut.
     candidates: the fastest first. timeline: every action of a step as expected; empty where it would be too large.
+    replica_shares: of a step's micro-batches, by replica. All replicas are laid out alike; what is expected of a step,
+    its candidates and its timeline are of one that is nowhere faster than the slowest. compression: codec of the
+    gradients that they exchange, or, with local steps, of the way that their weights have gone; compression_reason:
+    why, where the plan leaves it open. shards_optimizer: whether they share the optimizer's state; zero_reason: why, or
+    why not.
     """
 
     schedule: str
     extra_warm_up: int
     micro_batches: int
+    replica_shares: tuple[float, ...]
+    exchange: str
+    compression: str
+    compression_reason: str
+    shards_optimizer: bool
+    zero_reason: str
     theoretical_bubble_ratio: float
     stages: tuple[PlannedStage, ...]
     servers: tuple[PlannedServer, ...]
@@ -147,14 +165,25 @@ class RunPlan:
     def from_proto(cls, summary: pb.PlanSummary, timeline: Sequence[pb.ServerTimeline] = ()) -> RunPlan:
         """Return what a coordinator's answer says."""
         prediction = summary.prediction
-        server_of = {stage: place for place, server in enumerate(prediction.servers) for stage in server.stages}
+        # Of one replica: the others are like it.
+        replicas = max(1, len(summary.replica_shares))
+        pipeline = max(1, len(prediction.servers) // replicas)
+        server_of = {
+            stage: place for place, server in enumerate(prediction.servers[:pipeline]) for stage in server.stages
+        }
         return cls(
             schedule=summary.schedule,
             extra_warm_up=summary.extra_warm_up,
             micro_batches=summary.micro_batches,
+            replica_shares=tuple(summary.replica_shares) or (1.0,),
+            exchange=summary.exchange or "ring",
+            compression=summary.compression or "none",
+            compression_reason=summary.compression_reason,
+            shards_optimizer=summary.shards_optimizer,
+            zero_reason=summary.zero_reason,
             theoretical_bubble_ratio=summary.theoretical_bubble_ratio,
             stages=tuple(_stage(stage, server_of.get(stage.stage, stage.stage)) for stage in summary.stages),
-            servers=tuple(_server(position, server) for position, server in enumerate(prediction.servers)),
+            servers=tuple(_server(place % pipeline, server) for place, server in enumerate(prediction.servers)),
             links=tuple(_link(link) for link in prediction.links),
             predicted=Predicted(
                 seconds=prediction.seconds,
@@ -178,9 +207,23 @@ class RunPlan:
         return schedule_name(self.schedule, self.extra_warm_up)
 
     @property
+    def replicas(self) -> int:
+        """Copies of the pipeline."""
+        return len(self.replica_shares)
+
+    @property
+    def servers_each(self) -> int:
+        """Servers of one replica."""
+        return len(self.servers) // self.replicas or len(self.stages)
+
+    @property
     def virtual_stages(self) -> int:
         """Stages on each server."""
-        return len(self.stages) // max(1, len(self.servers))
+        return len(self.stages) // self.servers_each
+
+    def micro_batches_of(self, replica: int, micro_batches: int) -> int:
+        """Return how many of a step's micro-batches a replica takes."""
+        return deal(micro_batches, self.replica_shares).count(replica)
 
     def to_record(self) -> dict[str, Any]:
         """Return everything for JSON; an action of the timeline is [server, action, start, end]."""
@@ -204,16 +247,49 @@ class RunPlan:
                 f"B {shown_seconds(stage.backward_seconds)} a micro-batch"
                 + (f"; sends {shown_bytes(stage.boundary_bytes)} a step" if stage.boundary_bytes else "")
             )
+        lines += [f"  {line}" for line in replica_lines(self)]
         if self.reason:
             lines.append(f"  why: {self.reason}; costs are {self.cost_source}")
         return "\n".join(lines)
 
     def _headline(self) -> str:
-        servers = len(self.servers) or len(self.stages)
+        each = f"{self.replicas} replicas of " if self.replicas > 1 else ""
         return (
-            f"{self.name}, {len(self.stages)} stages on {servers} servers, {self.micro_batches} micro-batches, a step "
+            f"{self.name}, {each}{_counted(len(self.stages), 'stage')} on {_counted(self.servers_each, 'server')}, "
+            f"{self.micro_batches} micro-batches, a step "
             f"of {shown_seconds(self.predicted.seconds)} with a bubble of {self.predicted.bubble:.1%} expected"
         )
+
+
+def replica_lines(plan: RunPlan) -> Iterator[str]:
+    """Yield what replicas do, where there are several: their shares, and what they exchange."""
+    if plan.replicas == 1 and not parse_exchange(plan.exchange).has_servers:
+        return
+    shares = ", ".join(f"{share:.1%}" for share in plan.replica_shares)
+    exchange = parse_exchange(plan.exchange)
+    longest = max((server.reduce_seconds for server in plan.servers), default=0.0)
+    if exchange.is_local:
+        each = f"they train alone, and agree every {_counted(exchange.every, 'step')}, compression {plan.compression}"
+        time = f"in {shown_seconds(longest)} a step on average"
+    elif exchange.has_servers:
+        servers = _counted(exchange.servers, "parameter server")
+        late = f", up to {_counted(exchange.staleness, 'step')} late" if exchange.staleness else ""
+        each = f"{servers} update for them{late}, compression {plan.compression}"
+        time = f"in {shown_seconds(longest)} a step at most"
+    else:
+        each = f"they exchange gradients in a ring, compression {plan.compression}"
+        time = f"in {shown_seconds(longest)} a step at most"
+    yield f"replicas: {plan.replicas}, which take {shares} of the micro-batches; {each}, {time}"
+    if plan.compression_reason:
+        yield f"why {plan.compression}: {plan.compression_reason}"
+    if plan.shards_optimizer:
+        yield f"they share the optimizer's state: {plan.zero_reason}"
+    elif plan.zero_reason and not exchange.has_servers:
+        yield f"each has the whole of the optimizer's state: {plan.zero_reason}"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def schedule_name(schedule: str, extra_warm_up: int) -> str:
@@ -252,6 +328,7 @@ def _server(position: int, server: pb.ServerPrediction) -> PlannedServer:
     threads = server.device.threads
     return PlannedServer(
         position=position,
+        replica=server.replica,
         server=server.server,
         device=f"{server.device.kind}, {threads} thread{'s' * (threads != 1)}" if threads else server.device.kind,
         memory_bytes=server.device.memory_bytes,

@@ -119,7 +119,8 @@ class Trainer:
             stall_seconds=plan.stall_seconds,
             checksums=plan.checksums,
         )
-        self._dispatcher = Dispatcher(self._session, self._exported, plan.microbatches)
+        shares = self._layout.plan.replica_shares
+        self._dispatcher = Dispatcher(self._session, self._exported, plan.microbatches, shares)
         self._checkpoints = RunCheckpoints(
             self._session,
             self._names,
@@ -165,7 +166,7 @@ class Trainer:
     @property
     def servers(self) -> tuple[str, ...]:
         """The names of the stage servers that carry the run out."""
-        return tuple(server.server for server in self._layout.servers)
+        return tuple(server.server for server in self._layout.servers if not server.parameter_server)
 
     @property
     def exported(self) -> ExportedModel:
@@ -269,7 +270,8 @@ class Trainer:
         moves from one to another where it must: training goes on as if nothing had happened, on the same servers. Cuts
         that the plan gave do not hold any more. minimum_gain: the share of a step that must be expected to be saved;
         otherwise nothing changes. PlanError if no step was measured: the first one of a layout warms up, and does not
-        count. Whatever fails while the state moves ends the run.
+        count; and with several replicas, which this version does not plan anew. Whatever fails while the state moves
+        ends the run.
         """
         check_minimum_gain(minimum_gain)
         self._checkpoints.settle()
@@ -313,7 +315,9 @@ class Trainer:
             )
         present = copy.deepcopy(model)
         present.load_state_dict(self.state_dict())
-        with self._cluster.spare_servers(len(self.servers), busy=self.servers):
+        helpers = len(self._layout.servers) - len(self.servers)
+        busy = [server.server for server in self._layout.servers]
+        with self._cluster.spare_servers(len(self.servers), helpers, busy=busy):
             return verify(
                 self._cluster,
                 present,

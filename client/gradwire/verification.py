@@ -23,6 +23,9 @@ from gradwire.graph.precision import precision_type
 from gradwire.reference import reference_step
 from gradwire_protocol.codecs import AUTO
 from gradwire_protocol.errors import ModelError, PlanError
+from gradwire_protocol.exchanges import parse_exchange
+from gradwire_protocol.gradient_codecs import AUTO as AUTO_GRADIENTS
+from gradwire_protocol.gradient_codecs import parse_compression
 
 if TYPE_CHECKING:
     from gradwire.cluster import Cluster
@@ -245,6 +248,27 @@ def _check_codecs(plan: Plan) -> None:
             got=", ".join(codecs) + (", which can choose a lossy one" if AUTO in codecs else ""),
             remedy='call gradwire.verify with dataclasses.replace(plan, activation_compression="none"): it judges '
             "all but the codecs, whose errors are bounded element by element",
+        )
+    if parse_exchange(plan.exchange).is_local and plan.replicas > 1:
+        raise PlanError(
+            "Replicas that train alone for some steps are not equal to one process, so there is nothing to compare",
+            expected='exchange="ring"',
+            got=repr(plan.exchange),
+            remedy='compare with dataclasses.replace(plan, exchange="ring", every=None)',
+        )
+    if parse_exchange(plan.exchange).staleness:
+        raise PlanError(
+            "Weights that lack updates are not equal to one process's, so there is nothing to compare",
+            expected="staleness=0",
+            got=repr(plan.exchange),
+            remedy='compare with dataclasses.replace(plan, exchange="parameter-server", staleness=0)',
+        )
+    if plan.compression == AUTO_GRADIENTS or parse_compression(plan.compression).lossy:
+        raise PlanError(
+            "Gradients that replicas round are not equal to one process's, so there is nothing to compare",
+            expected='compression="none"',
+            got=repr(plan.compression),
+            remedy='compare with dataclasses.replace(plan, compression="none")',
         )
 
 

@@ -38,7 +38,7 @@ def asked_codecs(plan: run_pb2.Plan) -> list[str]:
 
 def needs_links(plan: run_pb2.Plan) -> bool:
     """Whether links must be measured to carry a plan out."""
-    return plan.stages > 1 and AUTO in asked_codecs(plan)
+    return (plan.stages > 1 and AUTO in asked_codecs(plan)) or (plan.replicas > 1 and plan.compression == AUTO)
 
 
 # By position of their ends; a link counts for both ways. Where there is none it was not measured.

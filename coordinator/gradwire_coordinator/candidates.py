@@ -35,8 +35,9 @@ class Way:
     # What a server holds whatever the schedule, and what its device has; 0: not known.
     held_bytes: tuple[int, ...]
     memory_bytes: tuple[int, ...]
-    # Between servers for one micro-batch, both ways.
+    # Between servers for one micro-batch, both ways; and for each step, from its servers to those of other replicas.
     traffic_bytes: int
+    exchange_bytes: int = 0
 
     @property
     def placement(self) -> Placement:

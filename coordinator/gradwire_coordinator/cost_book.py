@@ -78,15 +78,17 @@ class CostBook:
     def of(self, indexed: IndexedModel, plan: run_pb2.Plan, servers: Sequence[Server]) -> list[NodeCosts]:
         """Return what the nodes of the training graph cost on each of these servers, for a micro-batch of the plan.
 
-        The servers must be free. What is not known is asked for where it matters: if there is more than one server, and
-        a micro-batch is not over in no time, or has custom operators, of which shapes tell nothing.
+        The servers must be free. What is not known is asked for where it matters: if cuts or the shares of replicas
+        hang on it, and a micro-batch is not over in no time, or has custom operators, of which shapes tell nothing.
         """
         rows = rows_per_micro_batch(plan.expected_rows, plan.micro_batches)
         trained = trained_tensors(indexed.tensors)
         devices = [server.device for server in servers]
         estimates = node_costs(indexed.train, trained, rows, devices)
         shortest = min(float(costs.seconds().sum()) for costs in estimates)
-        if not self._seconds or plan.stages == 1 or (shortest < LEAST_SECONDS and not indexed.operators):
+        alike = len({DeviceMake.of(device) for device in devices}) == 1
+        nothing_to_choose = plan.stages == 1 and alike
+        if not self._seconds or nothing_to_choose or (shortest < LEAST_SECONDS and not indexed.operators):
             return estimates
         measured = self._measured(indexed, plan.precision, servers, estimates)
         return node_costs(indexed.train, trained, rows, devices, measured)

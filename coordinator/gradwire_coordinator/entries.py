@@ -36,6 +36,7 @@ class EntryRules:
         self._generation = generation
         self._window = plan.window
         self._micro_batches = plan.micro_batches
+        self._replicas = plan.replicas
         self._parameter_groups = len(groups)
         self._trained = frozenset(name for group in groups for name in group.parameters)
         self._has_predict = has_predict
@@ -178,12 +179,17 @@ class EntryRules:
             )
         row = 0
         for index, part in enumerate(parts):
-            if part.index != index or part.first_row != row or not 1 <= part.rows <= _MAXIMUM_ROWS or part.replica:
+            if part.index != index or part.first_row != row or not 1 <= part.rows <= _MAXIMUM_ROWS:
                 raise FrameError(
                     "Micro-batches must cover the rows of the batch in order, without gap or overlap",
-                    expected=f"micro-batch {index} from row {row}, of at least 1 row, for replica 0",
-                    got=f"micro-batch {part.index} from row {part.first_row}, of {part.rows} rows, "
-                    f"for replica {part.replica}",
+                    expected=f"micro-batch {index} from row {row}, of at least 1 row",
+                    got=f"micro-batch {part.index} from row {part.first_row}, of {part.rows} rows",
+                )
+            if part.replica >= self._replicas:
+                raise FrameError(
+                    "A micro-batch is for a replica that the run does not have",
+                    expected=f"replica 0 to {self._replicas - 1}" if self._replicas > 1 else "replica 0",
+                    got=f"micro-batch {part.index} for replica {part.replica}",
                 )
             row += part.rows
 

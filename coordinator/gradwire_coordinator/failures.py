@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from gradwire_protocol.activities import stage_names
+from gradwire_coordinator.server_place import ServerPlace
 from gradwire_protocol.errors import (
     Aborted,
     GradwireError,
@@ -35,8 +35,7 @@ _CONSEQUENCES = (Unreachable, Aborted, StageFailed, StaleGeneration)
 class Evidence:
     """One server's failure, as the coordinator has it."""
 
-    # That the server hosts.
-    stages: Sequence[int]
+    place: ServerPlace
     server: str
     address: str
     # "during entry 7", "between entries".
@@ -55,7 +54,7 @@ class Evidence:
 
     def as_error(self) -> GradwireError:
         """Return the error that the client gets."""
-        where = f"{stage_names(self.stages).capitalize()} (server {self.server} at {self.address})"
+        where = f"{self.place.name.capitalize()} (server {self.server} at {self.address})"
         if self.reported is None:
             return StageFailed(
                 f"{where} was lost {self.moment}",

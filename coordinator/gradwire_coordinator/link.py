@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
 import grpc
 
-from gradwire_protocol.activities import stage_names
+from gradwire_coordinator.server_place import ServerPlace
 from gradwire_protocol.errors import GradwireError, from_rpc_error
 from gradwire_protocol.v1 import run_pb2, stage_pb2, stage_pb2_grpc
 
@@ -31,11 +31,11 @@ class Link:
     """A channel to one server, with at most one Execute stream. Thread-safe."""
 
     def __init__(
-        self, position: int, stages: Sequence[int], server: str, address: str, connect: Callable[[str], Any]
+        self, position: int, place: ServerPlace, server: str, address: str, connect: Callable[[str], Any]
     ) -> None:
-        """position: of the server in its pipeline; stages: those that it hosts."""
+        """position: of the server in the run's lists."""
         self.position = position
-        self.stages = tuple(stages)
+        self.place = place
         self.server = server
         self.address = address
         self._channel = connect(address)
@@ -48,7 +48,7 @@ class Link:
     @property
     def target(self) -> str:
         """This server, for messages."""
-        return f"{stage_names(self.stages)} (server {self.server} at {self.address})"
+        return f"{self.place.name} (server {self.server} at {self.address})"
 
     def prepare(self, request: stage_pb2.PrepareRequest) -> stage_pb2.PrepareReply:
         """Have the server build its segments; the server's own error, or Unreachable."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 import threading
 from collections import Counter as Tally
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from gradwire_coordinator.server_place import ServerPlace
 from gradwire_protocol.v1 import coordinator_pb2, run_pb2
 
 KEPT_RUNS = 10
@@ -53,12 +54,12 @@ class Metrics:
         self._bubble = Gauge(
             "gradwire_bubble_ratio",
             "Share of the last training step in which the stage had nothing to compute, as it measured it.",
-            ["run", "stage"],
+            ["run", "stage", "replica"],
             registry=registry,
         )
         self._lock = threading.Lock()
-        # Run -> its stages that have series.
-        self._kept: dict[str, set[str]] = {}
+        # Run -> its stages, with their replicas, that have series.
+        self._kept: dict[str, set[tuple[str, str]]] = {}
         self._order: deque[str] = deque()
         self.count_servers([])
         self.count_runs([])
@@ -76,9 +77,9 @@ class Metrics:
             self._runs.labels(name).set(tally[state])
 
     def step_finished(
-        self, run: str, generation: int, stages_of: Mapping[str, Sequence[int]], result: run_pb2.EntryResult
+        self, run: str, generation: int, places: Mapping[str, ServerPlace], result: run_pb2.EntryResult
     ) -> None:
-        """Take in the result of a training step; `stages_of` gives each server's stages: its label is "0,2" for two."""
+        """Take in the result of a training step; `places`: of its servers. The label of two stages is "0,2"."""
         with self._lock:
             stages = self._keep(run)
             self._steps.labels(run).inc()
@@ -86,12 +87,13 @@ class Metrics:
             self._generation.labels(run).set(generation)
             self._step_seconds.labels(run).observe(result.seconds)
             for server, timing in result.timings.items():
-                if timing.window_seconds > 0:
-                    stage = ",".join(map(str, stages_of[server]))
-                    stages.add(stage)
-                    self._bubble.labels(run, stage).set(sum(timing.idle_seconds.values()) / timing.window_seconds)
+                place = places[server]
+                if timing.window_seconds > 0 and place.parameter_server is None:
+                    labels = ",".join(map(str, place.stages)), str(place.replica)
+                    stages.add(labels)
+                    self._bubble.labels(run, *labels).set(sum(timing.idle_seconds.values()) / timing.window_seconds)
 
-    def _keep(self, run: str) -> set[str]:
+    def _keep(self, run: str) -> set[tuple[str, str]]:
         """Return the stages of a run that have series, and drop the series of the oldest run if there are too many."""
         if run not in self._kept:
             self._kept[run] = set()
@@ -100,6 +102,6 @@ class Metrics:
                 oldest = self._order.popleft()
                 for metric in (self._steps, self._loss, self._generation, self._step_seconds):
                     metric.remove(oldest)
-                for stage in self._kept.pop(oldest):
-                    self._bubble.remove(oldest, stage)
+                for labels in self._kept.pop(oldest):
+                    self._bubble.remove(oldest, *labels)
         return self._kept[run]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from gradwire_coordinator.custom_operators import read_operators
 from gradwire_coordinator.graph_index import MAXIMUM_TENSORS, GraphIndex, index_graph
 from gradwire_coordinator.named_schedules import check_schedule
+from gradwire_coordinator.sharing import Sharing
 from gradwire_protocol.codecs import AUTO, CODEC_NAMES
 from gradwire_protocol.errors import LimitExceeded, ModelError, OptimizerError, PlanError
 from gradwire_protocol.frames import ELEMENT_BYTES, MAXIMUM_DIMENSIONS, MAXIMUM_VALUE_BYTES
@@ -131,6 +132,7 @@ def check_plan(plan: run_pb2.Plan) -> None:
     """Check the fields of a plan that do not depend on the model or the servers; PlanError."""
     for field, least, most in (
         ("stages", 1, MAXIMUM_STAGES),
+        ("replicas", 1, MAXIMUM_STAGES),
         ("micro_batches", 1, MAXIMUM_MICRO_BATCHES),
         ("window", 1, MAXIMUM_WINDOW),
         ("expected_rows", 1, 2**40),
@@ -138,14 +140,14 @@ def check_plan(plan: run_pb2.Plan) -> None:
         value = getattr(plan, field)
         if not least <= value <= most:
             raise PlanError(f"The plan's {field} is out of range", expected=f"{least} to {most}", got=str(value))
-    for field in ("replicas", "tensor"):
-        if getattr(plan, field) != 1:
-            raise PlanError(
-                f"This version runs one pipeline without sharded stages, so the plan's {field} must be 1",
-                expected="1",
-                got=str(getattr(plan, field)),
-                remedy=f"use stages to spread the model, and leave {field} at 1",
-            )
+    if plan.tensor != 1:
+        raise PlanError(
+            "This version runs stages that are not sharded, so the plan's tensor must be 1",
+            expected="1",
+            got=str(plan.tensor),
+            remedy="use stages to spread the model, and leave tensor at 1",
+        )
+    _check_replicas(plan)
     check_schedule(plan.schedule, plan.virtual_stages)
     _check_codecs(plan)
     for field, shortest in (("stall_seconds", 1.0), ("step_seconds", 0.001)):
@@ -164,6 +166,23 @@ def check_plan(plan: run_pb2.Plan) -> None:
             got=str(plan.precision),
             remedy="use BFLOAT16: FLOAT16 would need a scaled loss, and one decision of all servers to skip a step",
         )
+
+
+def _check_replicas(plan: run_pb2.Plan) -> None:
+    if plan.stages * plan.replicas > MAXIMUM_STAGES:
+        raise PlanError(
+            "The plan takes too many servers",
+            expected=f"at most {MAXIMUM_STAGES}",
+            got=f"{plan.stages * plan.replicas}: {plan.replicas} replicas of {plan.stages} stages",
+        )
+    if plan.replicas > plan.micro_batches:
+        raise PlanError(
+            "The plan has fewer micro-batches than replicas, so some would have nothing to do",
+            expected=f"{plan.replicas} micro-batches at least, over all replicas",
+            got=str(plan.micro_batches),
+            remedy="use more micro-batches, or fewer replicas",
+        )
+    Sharing.of(plan, optimizer="")
 
 
 def _check_codecs(plan: run_pb2.Plan) -> None:

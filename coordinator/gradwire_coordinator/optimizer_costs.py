@@ -5,6 +5,7 @@ Pure. Estimates, of torch.optim's own implementations. Leaves to others: who hol
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
 from gradwire_coordinator.costs import Rates
@@ -18,19 +19,25 @@ _COPIES, _COPIES_OF_SGD, _COPIES_OF_MOMENTUM = 20.0, 2.0, 3.0
 class OptimizerCosts:
     """Of the optimizer of a run. A parameter that it does not name has no state, and is not updated."""
 
-    def __init__(self, optimizer: run_pb2.Optimizer) -> None:
+    def __init__(self, optimizer: run_pb2.Optimizer, sharers: int = 1, *, elsewhere: bool = False) -> None:
+        """sharers: replicas among which its state is spread; each then updates a part only. elsewhere: on others."""
         self._state = OptimizerState(optimizer)
+        self._sharers = sharers
+        self._elsewhere = elsewhere
 
     def held(self, tensors: Iterable[graph_pb2.TensorSpec]) -> StateBytes:
         """Return what holding these tensors takes."""
-        return self._state.held(tensors)
+        held = self._state.held(tensors, self._sharers)
+        return dataclasses.replace(held, optimizer=0) if self._elsewhere else held
 
     def update_seconds(self, tensors: Iterable[graph_pb2.TensorSpec], rates: Rates) -> float:
         """Return what updating these tensors takes."""
+        if self._elsewhere:
+            return 0.0
         copies = 0.0
         for spec in tensors:
             if spec.name in self._state.factors and spec.requires_grad:
                 kept = self._state.factors[spec.name]
                 of_sgd = _COPIES_OF_SGD + _COPIES_OF_MOMENTUM * kept
                 copies += (of_sgd if self._state.name == "SGD" else _COPIES) * tensor_bytes(spec)
-        return 2 * copies / rates.bytes_per_second
+        return 2 * copies / rates.bytes_per_second / self._sharers

@@ -95,12 +95,13 @@ class PartitionInputs:
         for count in dict.fromkeys(min(plan.expected_rows, factor * plan.micro_batches) for factor in _FACTORS):
             if count > plan.micro_batches:
                 smaller = _of(self._smaller(count), placement)
-                found.append(Alternative("smaller micro-batches", f"use {count} micro-batches", smaller))
+                remedy = f"use {count * plan.replicas} micro-batches"
+                found.append(Alternative("smaller micro-batches", remedy, smaller))
         pieces = len(self.indexed.train.usable_cuts(self.indexed.mutated)) + 1
         for stages in dict.fromkeys([plan.stages + 1, *(factor * plan.stages for factor in _FACTORS)]):
             if stages * plan.virtual_stages <= pieces:
                 places = placements(plan.schedule, stages, plan.virtual_stages)[0]
-                more = stages - plan.stages
+                more = (stages - plan.stages) * plan.replicas
                 remedy = f"use {stages} stages, on {more} more such server{'s' if more > 1 else ''}"
                 found.append(Alternative("more stages", remedy, _of(self._on_more(stages), places)))
         return found

@@ -18,20 +18,29 @@ from gradwire_protocol.v1 import coordinator_pb2, graph_pb2, run_pb2
 def summarise(plan: run_pb2.Plan, planned: PlannedRun) -> coordinator_pb2.PlanSummary:
     """Return the summary of a plan that was asked for, and of what became of it."""
     schedule = planned.schedule
-    micro_batches = min(plan.micro_batches, plan.expected_rows)
+    sharing = planned.cut.sharing
     return coordinator_pb2.PlanSummary(
         schedule=schedule.name,
         extra_warm_up=schedule.extra_warm_up,
         micro_batches=plan.micro_batches,
         virtual_stages=schedule.virtual_stages,
-        theoretical_bubble_ratio=equal_stages_bubble(schedule.programs(plan.micro_batches), schedule.placement),
-        stages=[_stage(planned, stage, micro_batches) for stage in range(len(schedule.placement))],
+        theoretical_bubble_ratio=equal_stages_bubble(
+            schedule.programs(-(-plan.micro_batches // plan.replicas)), schedule.placement
+        ),
+        stages=[_stage(planned, stage) for stage in range(len(schedule.placement))],
+        replica_shares=planned.shares,
+        compression=str(sharing.codec),
+        compression_reason=sharing.codec_reason,
+        exchange=str(sharing.exchange),
+        shards_optimizer=sharing.shards_optimizer,
+        zero_reason=sharing.reason,
         prediction=planned.prediction,
     )
 
 
-def _stage(planned: PlannedRun, stage: int, micro_batches: int) -> coordinator_pb2.StageSummary:
-    cut = planned.cut
+def _stage(planned: PlannedRun, stage: int) -> coordinator_pb2.StageSummary:
+    """Return what a stage of one replica has, and what it does in a step."""
+    cut, micro_batches = planned.cut, planned.micro_batches
     segment = cut.segments.of_graph(graph_pb2.GRAPH_KIND_TRAIN)[stage]
     choice = cut.codecs[stage] if stage < len(cut.codecs) else Choice("none")
     seconds = cut.seconds[stage]

@@ -21,7 +21,17 @@ from gradwire_coordinator.placement import neighbours
 from gradwire_coordinator.prediction import predict, timeline
 from gradwire_coordinator.programs import ChosenSchedule
 from gradwire_coordinator.registry import Server
+from gradwire_coordinator.replica_groups import (
+    Groups,
+    joint_servers,
+    pipeline_plan,
+    replica_groups,
+    replica_shares,
+    ring_neighbours,
+)
+from gradwire_coordinator.simulator import simulate
 from gradwire_coordinator.ways import CutModel, Servers, allowed_placements, possible_ways
+from gradwire_protocol.dealing import deal
 from gradwire_protocol.v1 import coordinator_pb2, run_pb2
 
 # Unlike servers of which every pair is measured: with more it takes too long, and the order as given is tried.
@@ -32,8 +42,11 @@ _MOST_PAIRED = 8
 class PlannedRun:
     """What is carried out."""
 
-    # By position.
+    # By position, one replica after the other.
     servers: Sequence[Server]
+    # Of each replica: its share of a step's micro-batches; and how many one of them is expected to take, at most.
+    shares: Sequence[float]
+    micro_batches: int
     cut: CutModel
     schedule: ChosenSchedule
     prediction: coordinator_pb2.Prediction
@@ -54,22 +67,29 @@ class Planner:
         """
         costs = self._costs.of(indexed, plan, servers)
         shortest = min(float(each.seconds().sum()) for each in costs)
-        matters = plan.stages > 1 and (_source(costs) == MEASURED or shortest >= LEAST_SECONDS)
+        matters = len(servers) > 1 and (_source(costs) == MEASURED or shortest >= LEAST_SECONDS)
         devices = [server.device for server in servers]
+        memory_bytes = [device.memory_bytes for device in devices]
+        groups = replica_groups(plan, costs, memory_bytes)
         return Servers(
             rates=device_rates(devices),
-            memory_bytes=[device.memory_bytes for device in devices],
+            memory_bytes=memory_bytes,
             costs=costs,
-            links=self._measure_links(plan, servers) if matters or needs_links(plan) else {},
+            links=self._measure_links(plan, servers, groups) if matters or needs_links(plan) else {},
         )
 
-    def _measure_links(self, plan: run_pb2.Plan, servers: Sequence[Server]) -> Links:
-        """Return how fast the links are that neighbouring stages may use: all, where the order is to be found."""
-        unlike = len({DeviceMake.of(server.device) for server in servers}) > 1
-        if unlike and not plan.cuts and len(servers) <= _MOST_PAIRED:
-            ends = list(itertools.combinations(range(len(servers)), 2))
+    def _measure_links(self, plan: run_pb2.Plan, servers: Sequence[Server], groups: Groups) -> Links:
+        """Return how fast the links are that neighbouring stages may use: all, where the order is to be found.
+
+        And those between the replicas of a stage.
+        """
+        unlike = any(len({DeviceMake.of(servers[server].device) for server in group}) > 1 for group in groups)
+        if unlike and not plan.cuts and plan.stages <= _MOST_PAIRED:
+            positions = list(itertools.combinations(range(plan.stages), 2))
         else:
-            ends = neighbours(allowed_placements(plan))
+            positions = neighbours(allowed_placements(plan))
+        ends = [(group[first], group[second]) for group in groups for first, second in positions]
+        ends += ring_neighbours(groups)
         rates = self._links.rates([(servers[first].address, servers[second].address) for first, second in ends])
         return dict(zip(ends, rates, strict=True))
 
@@ -77,21 +97,42 @@ class Planner:
 def plan_run(
     request: coordinator_pb2.CreateRunRequest, indexed: IndexedModel, servers: Sequence[Server], known: Servers
 ) -> PlannedRun:
-    """Return the cut and the schedule for these servers, of which this is known; PlanError, ModelError."""
-    plan = request.plan
-    ways = possible_ways(plan, request.optimizer, indexed, known)
+    """Return the cut and the schedule for these servers, of which this is known; PlanError, ModelError.
+
+    All replicas get the same ones: those of a pipeline that is nowhere faster than its slowest replica.
+    """
+    groups = replica_groups(request.plan, known.costs, known.memory_bytes)
+    plan = pipeline_plan(request.plan)
+    ways = possible_ways(plan, request.optimizer, indexed, joint_servers(groups, known))
     # A batch may have fewer rows than the plan has micro-batches.
     micro_batches = min(plan.micro_batches, plan.expected_rows)
     choice = choose(plan.schedule, [each.way for each in ways], micro_batches)
     cut = next(each for each in ways if each.way is choice.chosen.way)
-    chosen = [servers[device] for device in cut.devices]
+    replicas = [[servers[group[device]] for device in cut.devices] for group in groups]
+    prediction = predict(choice, replicas, cut.state, cut.servers.links, micro_batches, _source(known.costs), cut.gap)
+    schedule = _schedule(choice)
     return PlannedRun(
-        servers=chosen,
+        servers=[server for replica in replicas for server in replica],
+        shares=_shares(request.plan, groups, known, cut, schedule),
+        micro_batches=micro_batches,
         cut=cut,
-        schedule=_schedule(choice),
-        prediction=predict(choice, chosen, cut.state, cut.servers.links, micro_batches, _source(known.costs), cut.gap),
+        schedule=schedule,
+        prediction=prediction,
         timeline=timeline(choice.chosen.candidate.simulation),
     )
+
+
+def _shares(plan: run_pb2.Plan, groups: Groups, known: Servers, cut: CutModel, schedule: ChosenSchedule) -> list[float]:
+    """Return the shares of replicas by their speed; equal ones where memory does not allow the fastest to take more."""
+    way = cut.way
+    shares = replica_shares(groups, cut.devices, known.costs, way.placement, way.cuts, cut.recomputes)
+    dealt = deal(min(plan.micro_batches, plan.expected_rows), shares)
+    most = max(dealt.count(replica) for replica in range(len(groups)))
+    held = simulate(schedule.programs(most), way.costs).peak_bytes
+    limits = way.limits
+    if limits is not None and any(size > limit for size, limit in zip(held, limits, strict=True)):
+        return [1.0 / len(groups)] * len(groups)
+    return shares
 
 
 def _schedule(choice: Choice) -> ChosenSchedule:

@@ -24,16 +24,17 @@ _MOST_ACTIONS = 50_000
 
 def predict(
     choice: Choice,
-    servers: Sequence[Server],
+    replicas: Sequence[Sequence[Server]],
     state: Sequence[StateBytes],
     links: Links,
     micro_batches: int,
     cost_source: str,
     partition_gap: float | None,
 ) -> pb.Prediction:
-    """Return what is expected of a step with so many micro-batches.
+    """Return what is expected of a step with so many micro-batches for each replica.
 
-    servers, state: by position; the state is that of the chosen way.
+    replicas: the servers of each by position, of which all are expected to do the same. state: by position, that of the
+    chosen way.
     """
     simulation = choice.chosen.candidate.simulation
     costs = choice.chosen.way.costs
@@ -47,17 +48,21 @@ def predict(
                 device=server.device,
                 stages=stages,
                 busy_seconds=simulation.busy[position],
-                reduce_seconds=costs.reduce[position] if costs.reduce else 0.0,
+                reduce_seconds=costs.reduce_seconds(position),
                 update_seconds=costs.update[position] if costs.update else 0.0,
                 weight_bytes=held.weights,
                 gradient_bytes=held.gradients,
                 optimizer_bytes=held.optimizer,
                 activation_bytes=choice.chosen.peak_bytes[position] - held.total,
+                replica=replica,
             )
+            for replica, servers in enumerate(replicas)
             for position, (server, stages, held) in enumerate(zip(servers, hosted(costs.placement), state, strict=True))
         ],
         links=_links(costs.placement, links),
-        candidates=[_candidate(item, micro_batches, chosen=item is choice.chosen) for item in choice.considered],
+        candidates=[
+            _candidate(item, len(replicas), micro_batches, chosen=item is choice.chosen) for item in choice.considered
+        ],
         reason=choice.reason,
         cost_source=cost_source,
         partition_gap=partition_gap,
@@ -99,7 +104,7 @@ def _links(placement: Placement, links: Links) -> list[pb.LinkPrediction]:
     return made
 
 
-def _candidate(item: Considered, micro_batches: int, *, chosen: bool) -> pb.PlanCandidate:
+def _candidate(item: Considered, replicas: int, micro_batches: int, *, chosen: bool) -> pb.PlanCandidate:
     simulation = item.candidate.simulation
     return pb.PlanCandidate(
         schedule=item.schedule,
@@ -109,7 +114,7 @@ def _candidate(item: Considered, micro_batches: int, *, chosen: bool) -> pb.Plan
         seconds=simulation.seconds,
         bubble_ratio=simulation.bubble_ratio,
         peak_bytes=item.peak_bytes,
-        traffic_bytes=item.way.traffic_bytes * micro_batches,
+        traffic_bytes=replicas * (item.way.traffic_bytes * micro_batches + item.way.exchange_bytes),
         fits=item.candidate.fits,
         chosen=chosen,
         split_backwards=item.candidate.split_backwards,

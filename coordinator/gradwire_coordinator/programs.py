@@ -19,9 +19,10 @@ from gradwire_coordinator.schedules import (
     forward_only,
     one_f_one_b,
 )
+from gradwire_coordinator.sharing import Sharing
 from gradwire_coordinator.timetable import SENDS_GRADIENTS, check_programs
 from gradwire_protocol.errors import FrameError, ModelError
-from gradwire_protocol.program import FORWARD, NORM, REDUCE, UPDATE, Action, program_to_proto
+from gradwire_protocol.program import AVERAGE, FORWARD, GATHER, NORM, REDUCE, UPDATE, Action, program_to_proto
 from gradwire_protocol.v1 import graph_pb2, run_pb2
 
 # Steps with up to so many micro-batches a server can lead further ahead than larger ones, if interleaved: a server is
@@ -112,7 +113,7 @@ def recomputing_stages(programs: Programs) -> list[bool]:
 
 
 class ProgramBook:
-    """The programs of a run's entries. Made once for each kind of entry and number of micro-batches."""
+    """The programs of a run's entries. Made once for each kind of entry and micro-batches of a replica."""
 
     def __init__(
         self,
@@ -120,6 +121,8 @@ class ProgramBook:
         *,
         tied_servers: Collection[int],
         active_stages: Mapping[graph_pb2.GraphKind, Collection[int]],
+        replicas: int = 1,
+        sharing: Sharing | None = None,
     ) -> None:
         """tied_servers: positions of those that hold a copy of a trained parameter that another server holds too.
 
@@ -127,32 +130,68 @@ class ProgramBook:
         """
         self._schedule = schedule
         self._tied_servers = frozenset(tied_servers)
+        self._replicas = replicas
+        several = sharing if replicas > 1 else None
+        # Replicas agree in every step, or every so many steps.
+        self._every = several.exchange.every if several is not None and several.exchange.is_local else None
+        self._gathers = several is not None and several.shards_optimizer
+        self._parameter_servers = 0 if sharing is None else sharing.parameter_servers
         self._active_stages = active_stages
         self._train = lru_cache(maxsize=64)(self._make_train)
         self._forward = lru_cache(maxsize=64)(self._make_forward)
 
     def of_entry(self, entry: run_pb2.Entry) -> list[run_pb2.Program]:
-        """Return the program of each server for an entry, by position."""
+        """Return the program of each server for an entry: by position, one replica after the other; then the others."""
         kind = entry.WhichOneof("kind")
         if kind == "train_step":
             step = entry.train_step
-            return self._train(len(step.micro_batches), step.HasField("max_gradient_norm"))
+            norm = step.HasField("max_gradient_norm")
+            averages = self._every is not None and step.step % self._every == 0
+            programs = [
+                program
+                for own in self._dealt(step.micro_batches)
+                for program in self._train(own, with_norm=norm, averages=averages)
+            ]
+            kinds = (REDUCE, *((NORM,) if norm else ()), UPDATE, GATHER)
+            update = program_to_proto([Action(0, kind, 0) for kind in kinds])
+            return [*programs, *[update] * self._parameter_servers]
         if kind == "evaluate":
-            return self._forward(graph_pb2.GRAPH_KIND_EVALUATE, len(entry.evaluate.micro_batches))
+            return self._forwards(graph_pb2.GRAPH_KIND_EVALUATE, entry.evaluate.micro_batches)
         if kind == "predict":
-            return self._forward(graph_pb2.GRAPH_KIND_PREDICT, len(entry.predict.micro_batches))
+            return self._forwards(graph_pb2.GRAPH_KIND_PREDICT, entry.predict.micro_batches)
         if kind in ("load_state", "fetch_state", "save_state", "new_plan"):
-            return [run_pb2.Program() for _ in range(self._schedule.servers)]
+            return [run_pb2.Program() for _ in range(self._schedule.servers * self._replicas + self._parameter_servers)]
         raise FrameError("An entry of no kind", expected="a step, an evaluation, …", got=f"entry {entry.number}")
 
-    def _make_train(self, micro_batches: int, with_norm: bool) -> list[run_pb2.Program]:
+    def _dealt(self, parts: Sequence[run_pb2.MicroBatch]) -> list[tuple[int, ...]]:
+        """Return the micro-batches of each replica, which may have none."""
+        own: list[list[int]] = [[] for _ in range(self._replicas)]
+        for part in parts:
+            own[part.replica].append(part.index)
+        return [tuple(indices) for indices in own]
+
+    def _make_train(self, micro_batches: tuple[int, ...], *, with_norm: bool, averages: bool) -> list[run_pb2.Program]:
+        """Return the programs of one replica. Without a micro-batch it still takes part in what ends the step."""
+        programs = self._schedule.programs(len(micro_batches)) if micro_batches else [()] * self._schedule.servers
         found = []
-        for server, program in enumerate(self._schedule.programs(micro_batches)):
-            around = [(REDUCE, server in self._tied_servers), (NORM, with_norm), (UPDATE, True)]
-            found.append(program_to_proto([*program, *(Action(0, kind, 0) for kind, wanted in around if wanted)]))
+        for server, program in enumerate(programs):
+            reduces = (self._replicas > 1 and self._every is None) or server in self._tied_servers
+            if self._parameter_servers:
+                around = [(REDUCE, True), (GATHER, True)]
+            else:
+                around = [
+                    *((REDUCE, reduces), (NORM, with_norm), (UPDATE, True)),
+                    *((GATHER, self._gathers), (AVERAGE, averages)),
+                ]
+            ends = (Action(0, kind, 0) for kind, wanted in around if wanted)
+            found.append(program_to_proto([*_renumbered(program, micro_batches), *ends]))
         return found
 
-    def _make_forward(self, graph: graph_pb2.GraphKind, micro_batches: int) -> list[run_pb2.Program]:
+    def _forwards(self, graph: graph_pb2.GraphKind, parts: Sequence[run_pb2.MicroBatch]) -> list[run_pb2.Program]:
+        programs = [program for own in self._dealt(parts) for program in self._forward(graph, own)]
+        return [*programs, *(run_pb2.Program() for _ in range(self._parameter_servers))]
+
+    def _make_forward(self, graph: graph_pb2.GraphKind, micro_batches: tuple[int, ...]) -> list[run_pb2.Program]:
         if graph not in self._active_stages:
             raise ModelError(
                 "The model has no prediction graph",
@@ -160,7 +199,15 @@ class ProgramBook:
                 remedy="give the trainer a loss, and a model that returns predictions",
             )
         active = self._active_stages[graph]
-        programs: Sequence[Sequence[Action]] = forward_only(
-            self._schedule.servers, micro_batches, self._schedule.placement
-        )
-        return [program_to_proto([action for action in program if action.stage in active]) for program in programs]
+        if not micro_batches:
+            return [run_pb2.Program() for _ in range(self._schedule.servers)]
+        programs = forward_only(self._schedule.servers, len(micro_batches), self._schedule.placement)
+        return [
+            program_to_proto(_renumbered([action for action in program if action.stage in active], micro_batches))
+            for program in programs
+        ]
+
+
+def _renumbered(program: Sequence[Action], micro_batches: Sequence[int]) -> list[Action]:
+    """Return a program for these micro-batches of a step, in place of its first ones."""
+    return [action._replace(micro_batch=micro_batches[action.micro_batch]) for action in program]

@@ -58,6 +58,18 @@ class ServerStanding:
     client_still_seconds: float
 
 
+# Of a role: what its servers are called in a plan and elsewhere, what starts one, and what takes fewer of them.
+_WORDS = {
+    coordinator_pb2.SERVER_ROLE_STAGE: ("servers", "stage server", "gradwire-stage-server", "stages or replicas"),
+    coordinator_pb2.SERVER_ROLE_PARAMETER: (
+        "parameter servers",
+        "parameter server",
+        "gradwire-parameter-server",
+        "of them",
+    ),
+}
+
+
 class Registry:
     """Servers by identifier, in the order of registration."""
 
@@ -153,21 +165,29 @@ class Registry:
                 del self._servers[server.server]
             return lost
 
-    def reserve(self, run: str, count: int, operators: Mapping[str, str] = MappingProxyType({})) -> list[Server]:
-        """Reserve `count` free stage servers for a run, in the order of registration; PlanError if there are fewer.
+    def reserve(
+        self,
+        run: str,
+        count: int,
+        operators: Mapping[str, str] = MappingProxyType({}),
+        *,
+        role: coordinator_pb2.ServerRole = coordinator_pb2.SERVER_ROLE_STAGE,
+    ) -> list[Server]:
+        """Reserve `count` free servers of a role for a run, in the order of registration; PlanError if there are fewer.
 
         Only such as have the custom `operators` that the run needs; ModelError if these alone are too few.
         """
+        called, kind, program, fewer = _WORDS[role]
         with self._lock:
-            stages = [s for s in self._servers.values() if s.role == coordinator_pb2.SERVER_ROLE_STAGE]
-            free = [server for server in stages if not server.run]
+            known = [server for server in self._servers.values() if server.role == role]
+            free = [server for server in known if not server.run]
             if len(free) < count:
-                busy = len(stages) - len(free)
+                busy = len(known) - len(free)
                 raise PlanError(
-                    f"The plan takes {count} servers, but {len(free)} stage servers are free",
-                    expected=f"{count} free stage servers",
-                    got=f"{len(stages)} registered, {busy} of them busy with other runs",
-                    remedy="start more with gradwire-stage-server, wait for other runs to end, or plan fewer stages",
+                    f"The plan takes {count} {called}, but {len(free)} {kind}s are free",
+                    expected=f"{count} free {kind}s",
+                    got=f"{len(known)} registered, {busy} of them busy with other runs",
+                    remedy=f"start more with {program}, wait for other runs to end, or plan fewer {fewer}",
                 )
             able = [server for server in free if can_run(server.operators, operators)][:count]
             if len(able) < count:

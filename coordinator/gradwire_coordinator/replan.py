@@ -81,6 +81,13 @@ class NewLayout:
 
 def plan_anew(basis: Basis) -> NewLayout:
     """Return the best layout on the same servers, with cuts where they are best. PlanError if nothing was measured."""
+    if basis.request.plan.replicas > 1:
+        raise PlanError(
+            "A run with several replicas cannot be planned anew by this version",
+            expected="1 replica",
+            got=f"{basis.request.plan.replicas} replicas; the run goes on as it is laid out",
+            remedy="save a checkpoint, and load it into a new run, which is planned from the present speeds",
+        )
     if not basis.steps:
         raise PlanError(
             "No training step of this layout was measured, so there is nothing to plan anew from",

@@ -25,7 +25,7 @@ from gradwire_coordinator.link import Link
 from gradwire_coordinator.links import prepare_all, release_all
 from gradwire_coordinator.log import RunLog
 from gradwire_coordinator.registry import ServerStanding
-from gradwire_coordinator.saves import RunSaves
+from gradwire_coordinator.saves import RunSaves, Writer
 from gradwire_coordinator.stall_watch import StallWatch
 from gradwire_coordinator.window import Window
 from gradwire_protocol.checkpoint.root import CheckpointRoot
@@ -114,16 +114,18 @@ class Run:
         """Set all that depends on the layout."""
         servers = layout.servers
         self.summary = layout.summary
-        # The stages of each server, by its name.
-        self.stages_of = {server.server: own for server, own in zip(servers, layout.stages, strict=True)}
+        # Where each server stands, by its name.
+        self.places = {server.server: place for server, place in zip(servers, layout.places, strict=True)}
         self._programs = layout.programs
         self._links = [
-            Link(position, self.stages_of[server.server], server.server, server.address, self._context.connect)
+            Link(position, self.places[server.server], server.server, server.address, self._context.connect)
             for position, server in enumerate(servers)
         ]
-        self._window = Window([server.server for server in servers], loss_from=layout.schedule.placement[-1])
-        self._watch = StallWatch(self.run, self.generation, self._plan, servers, layout.stages, self._context.standing)
-        self._saves = RunSaves(self._context.checkpoints, [link.target for link in self._links], self._on_save_done)
+        self._window = Window([server.server for server in servers], loss_from=layout.loss_from)
+        self._watch = StallWatch(self.run, self.generation, self._plan, servers, layout.places, self._context.standing)
+        # One replica, whose state is that of all, and those who have the optimizer.
+        writers = {link.position: Writer(link.place.stages[0], link.target) for link in self._links if link.place.leads}
+        self._saves = RunSaves(self._context.checkpoints, writers, self._on_save_done)
 
     def _prepare(self, for_servers: Sequence[stage_pb2.PrepareRequest]) -> list[stage_pb2.PrepareReply]:
         """Prepare all servers, and open their streams."""
@@ -341,7 +343,7 @@ class Run:
             owed = self._window.owed_by(link.position)
             moment = f"during entry {owed.number}" if owed else "between entries"
         return Evidence(
-            stages=link.stages,
+            place=link.place,
             server=link.server,
             address=link.address,
             moment=moment,

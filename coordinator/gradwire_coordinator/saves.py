@@ -9,9 +9,10 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import structlog
 
@@ -47,9 +48,16 @@ class _Save:
     draft: Manifest
     replacement: Replacement
     entry: int = 0  # 0: not in the log yet
-    # By position of the server, which is its first stage.
+    # By position of the server.
     parts: dict[int, run_pb2.SavedPart] = field(default_factory=dict)
     finishing: bool = False
+
+
+class Writer(NamedTuple):
+    """A server that writes. stage: its first one, which names its files; name: in errors."""
+
+    stage: int
+    name: str
 
 
 class RunSaves:
@@ -58,12 +66,12 @@ class RunSaves:
     def __init__(
         self,
         root: CheckpointRoot,
-        servers: Sequence[str],
+        writers: Mapping[int, Writer],
         on_done: Callable[[run_pb2.SaveOutcome], None],
     ) -> None:
-        """`servers`: how errors name the run's servers, by position."""
+        """`writers`: those of the run's servers that write, by position."""
         self._root = root
-        self._servers = list(servers)
+        self._writers = dict(writers)
         self._on_done = on_done
         self._changed = threading.Condition()
         self._announced: _Save | None = None
@@ -122,14 +130,14 @@ class RunSaves:
                 save.entry = entry
                 self._open[entry] = save
 
-    def take(self, stage: int, part: run_pb2.SavedPart) -> None:
+    def take(self, position: int, part: run_pb2.SavedPart) -> None:
         """Take a server's report of what it has written. FrameError if none is owed."""
         with self._changed:
             save = self._open.get(part.entry)
-            if save is None or stage in save.parts:
+            if save is None or position in save.parts or position not in self._writers:
                 raise FrameError("A server reported a checkpoint that it was not to write", got=f"entry {part.entry}")
-            save.parts[stage] = part
-            if len(save.parts) < len(self._servers) or self._closed:
+            save.parts[position] = part
+            if len(save.parts) < len(self._writers) or self._closed:
                 return
             save.finishing = True
         threading.Thread(target=self._finish, args=(save,), name=f"finish {save.directory}", daemon=True).start()
@@ -172,8 +180,8 @@ class RunSaves:
         self._on_done(outcome)
 
     def _put_together(self, save: _Save) -> None:
-        parts = [save.parts[stage] for stage in range(len(self._servers))]
-        for part in parts:
+        parts = [(writer, save.parts[position]) for position, writer in sorted(self._writers.items())]
+        for _, part in parts:
             if part.HasField("failure"):
                 failure = part.failure
                 raise CheckpointError(
@@ -182,7 +190,7 @@ class RunSaves:
         directory = save.replacement.directory
         files: dict[str, FileRecord] = {}
         for kind in KINDS:
-            written = [item for stage, part in enumerate(parts) for item in self._files(directory, stage, part, kind)]
+            written = [item for writer, part in parts for item in self._files(directory, writer, part, kind)]
             files |= name_files(directory, kind, written, save.draft.tied if kind == "model" else {})
         left = {path.name for path in directory.iterdir()} - files.keys()
         if left:
@@ -192,7 +200,7 @@ class RunSaves:
                 got=", ".join(sorted(left)[:5]),
             )
         numbers: dict[str, dict[str, bool | int | float]] = {}
-        for part in parts:
+        for _, part in parts:
             if part.weight_version != save.draft.step:
                 raise CheckpointError(
                     f"The checkpoint {save.directory} would have another step than its weights",
@@ -205,17 +213,19 @@ class RunSaves:
         write_text(directory / FILE_NAME, save.draft.completed(files, numbers).to_text())
         save.replacement.commit()
 
-    def _files(self, directory: Path, stage: int, part: run_pb2.SavedPart, kind: Kind) -> list[tuple[str, FileRecord]]:
+    def _files(
+        self, directory: Path, writer: Writer, part: run_pb2.SavedPart, kind: Kind
+    ) -> list[tuple[str, FileRecord]]:
         """Return what a server has written of one kind; CheckpointError unless it is here, too."""
         files = [file for file in part.files if file.name.startswith(f"{kind}-")]
         for number, file in enumerate(files):
-            if file.name != unfinished_name(f"{kind}-{stage}", number):
-                raise CheckpointError(f"{self._servers[stage]} reported a wrong file", got=repr(file.name[:80]))
+            if file.name != unfinished_name(f"{kind}-{writer.stage}", number):
+                raise CheckpointError(f"{writer.name} reported a wrong file", got=repr(file.name[:80]))
             path = directory / file.name
             size = path.stat().st_size if path.is_file() and not path.is_symlink() else None
             if size != file.size_bytes:
                 raise SettingsError(
-                    f"The coordinator does not see what {self._servers[stage]} has written",
+                    f"The coordinator does not see what {writer.name} has written",
                     expected=f"{path} of {file.size_bytes} bytes",
                     got="nothing there" if size is None else f"{size} bytes",
                     remedy="start the coordinator and every stage server with the same --checkpoint-root",

@@ -32,6 +32,7 @@ from gradwire_coordinator.registry import Registry, Server, describe
 from gradwire_coordinator.replan import Basis
 from gradwire_coordinator.replanner import Replanner
 from gradwire_coordinator.run import Run, RunContext
+from gradwire_coordinator.sharing import Sharing
 from gradwire_coordinator.stored import inspect
 from gradwire_protocol.checkpoint.root import CheckpointRoot
 from gradwire_protocol.errors import FrameError, PlanError, RunNotFound, Unreachable
@@ -135,7 +136,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         if self._closed.is_set() or not context.is_active():
             run.end("its client went away while it was prepared")
         self._count_runs()
-        _log.info("run prepared", run=run.run, servers=list(run.stages_of), schedule=layout.picture())
+        _log.info("run prepared", run=run.run, servers=list(run.places), schedule=layout.picture())
         return pb.CreateRunReply(
             run=run.run,
             generation=run.generation,
@@ -147,7 +148,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
     def Plan(self, request: pb.CreateRunRequest, context: Any) -> pb.PlanReply:
         indexed = _checked(request)
         name = f"plan-{uuid.uuid4().hex[:12]}"
-        servers = self._registry.reserve(name, request.plan.stages, indexed.operators)
+        servers = self._registry.reserve(name, request.plan.stages * request.plan.replicas, indexed.operators)
         try:
             known = self._planner.measure(request.plan, indexed, servers)
         finally:
@@ -175,10 +176,15 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
 
     def _try_create_run(self, request: pb.CreateRunRequest, indexed: IndexedModel) -> tuple[Run, Layout]:
         name = f"run-{uuid.uuid4().hex[:12]}"
-        servers = self._registry.reserve(name, request.plan.stages, indexed.operators)
+        servers = self._registry.reserve(name, request.plan.stages * request.plan.replicas, indexed.operators)
         try:
+            helpers = self._registry.reserve(
+                name,
+                Sharing.of(request.plan, request.optimizer.name).parameter_servers,
+                role=pb.SERVER_ROLE_PARAMETER,
+            )
             planned = plan_run(request, indexed, servers, self._planner.measure(request.plan, indexed, servers))
-            layout = lay_out(name, _FIRST_GENERATION, request, indexed, planned)
+            layout = lay_out(name, _FIRST_GENERATION, request, indexed, planned, helpers)
             run = Run(name, _FIRST_GENERATION, request, layout, self._context)
         except BaseException:
             self._registry.release(name)
@@ -291,7 +297,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
     def _on_result(self, run: Run, entry: run_pb2.Entry, result: run_pb2.EntryResult) -> None:
         self._replanner.take(run.run, entry, result)
         if entry.HasField("train_step"):
-            self._metrics.step_finished(run.run, run.generation, run.stages_of, result)
+            self._metrics.step_finished(run.run, run.generation, run.places, result)
         if entry.number == 1:
             self._count_runs()
 

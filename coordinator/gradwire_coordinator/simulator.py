@@ -93,14 +93,15 @@ class StepCosts:
     # Between stage b and b + 1, one fewer than stages; without effect where both are on one server.
     links: tuple[LinkSeconds, ...]
     held: tuple[StageBytes, ...]
-    # Of the whole step, by server: adding the gradients of tied copies, once all have sent theirs, and the optimizer.
-    # Empty: nobody has any.
+    # Of the whole step, by server: adding the gradients of tied copies, once all have sent theirs, and the optimizer;
+    # and, before both, the exchange of gradients with the same server of other replicas. Empty: nobody has any.
     reduce: tuple[float, ...] = ()
     update: tuple[float, ...] = ()
+    exchange: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         count, servers = len(self.placement), 1 + max(self.placement)
-        if any(len(seconds) not in (0, servers) for seconds in (self.reduce, self.update)):
+        if any(len(seconds) not in (0, servers) for seconds in (self.reduce, self.update, self.exchange)):
             raise PlanError("Costs that do not fit the servers", expected=f"of {servers}", got=str(self)[:200])
         if (len(self.stages), len(self.links), len(self.held)) != (count, max(0, count - 1), count):
             raise PlanError(
@@ -115,15 +116,20 @@ class StepCosts:
 
     def whole_step(self, programs: Sequence[Sequence[Action]]) -> list[list[Action]]:
         """Return programs with what comes at the end of a step, as far as it costs anything."""
-        parts = [(Action(0, kind, 0), of) for kind, of in ((REDUCE, self.reduce), (UPDATE, self.update)) if of]
+        reduce = [self.reduce_seconds(server) for server in range(len(programs))]
+        parts = [(Action(0, kind, 0), of) for kind, of in ((REDUCE, reduce), (UPDATE, self.update)) if of]
         return [
             [*program, *(action for action, seconds in parts if seconds[server] > 0)]
             for server, program in enumerate(programs)
         ]
 
+    def reduce_seconds(self, server: int) -> float:
+        """Return what a server's REDUCE takes, waits left out."""
+        return sum(seconds[server] for seconds in (self.exchange, self.reduce) if seconds)
+
     def seconds_at_the_end(self, server: int) -> float:
         """Return what a server does at the end of a step takes, waits left out."""
-        return sum(seconds[server] for seconds in (self.reduce, self.update) if seconds)
+        return self.reduce_seconds(server) + (self.update[server] if self.update else 0.0)
 
 
 class Timed(NamedTuple):
@@ -157,7 +163,8 @@ class Simulation:
 def simulate(programs: Sequence[Sequence[Action]], costs: StepCosts) -> Simulation:
     """Return how a step goes; PlanError if the programs deadlock.
 
-    programs: one a server. REDUCE and NORM begin when everyone who has one is there.
+    programs: one a server. REDUCE and NORM begin when everyone who has one is there; where replicas exchange gradients,
+    each server does that first, and alone: all replicas are at the same point then.
     """
     placement, last = costs.placement, len(costs.placement) - 1
     seconds = [stage.of for stage in costs.stages]
@@ -202,11 +209,15 @@ def simulate(programs: Sequence[Sequence[Action]], costs: StepCosts) -> Simulati
     for kind, of_servers in ((REDUCE, costs.reduce), (NORM, ()), (UPDATE, costs.update)):
         whole = Action(0, kind, 0)
         taking_part = [server for server, program in enumerate(programs) if whole in program]
-        together = max((clocks[server] for server in taking_part), default=0.0)
+        alone = costs.exchange if kind == REDUCE and costs.exchange else (0.0,) * len(programs)
+        ready = {server: clocks[server] + alone[server] for server in taking_part}
+        # Every server has a REDUCE then, but only tied copies wait for each other.
+        waiting = [server for server in taking_part if not any(alone) or (of_servers and of_servers[server] > 0)]
+        together = max((ready[server] for server in waiting), default=0.0)
         for server in taking_part:
-            start = clocks[server] if kind == UPDATE else together
-            clocks[server] = start + (of_servers[server] if of_servers else 0.0)
-            timed[server].append(Timed(server, whole, start, clocks[server]))
+            begun = together if kind != UPDATE and server in waiting else ready[server]
+            clocks[server] = begun + (of_servers[server] if of_servers else 0.0)
+            timed[server].append(Timed(server, whole, begun - alone[server], clocks[server]))
     peaks = [_peaks(program, costs.held) for program in work]
     return Simulation(
         timed=tuple(map(tuple, timed)),

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from gradwire_coordinator.registry import Server, ServerStanding
+from gradwire_coordinator.server_place import ServerPlace
 from gradwire_coordinator.stalls import DEFAULT_STALL_SECONDS, Standing, find_late, find_stall
 from gradwire_coordinator.window import Window
 from gradwire_protocol.errors import Stalled
@@ -24,15 +25,15 @@ class StallWatch:
         generation: int,
         plan: run_pb2.Plan,
         servers: Sequence[Server],
-        stages: Sequence[Sequence[int]],
+        places: Sequence[ServerPlace],
         standing: Callable[[str], ServerStanding | None],
     ) -> None:
-        """`servers`: by position; `stages`: of each. `standing`: how the registry knows a server; None: no more."""
+        """`servers`: by position; `places`: of each. `standing`: how the registry knows a server; None: no more."""
         self._run = run
         self._generation = generation
         self._stall_seconds = plan.stall_seconds or DEFAULT_STALL_SECONDS
         self._step_seconds = plan.step_seconds
-        self._servers = list(zip(servers, stages, strict=True))
+        self._servers = list(zip(servers, places, strict=True))
         self._standing = standing
         self._client_acted_at = -math.inf
 
@@ -46,7 +47,7 @@ class StallWatch:
         if oldest is None:
             return None
         standings = []
-        for position, (server, stages) in enumerate(self._servers):
+        for position, (server, place) in enumerate(self._servers):
             known = self._standing(server.server)
             if known is None:
                 return None  # it is lost, and the run about to fail of that
@@ -55,7 +56,7 @@ class StallWatch:
             standings.append(
                 Standing(
                     position=position,
-                    stages=stages,
+                    place=place,
                     server=server.server,
                     address=server.address,
                     activity=activity if is_of_run else None,

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gradwire_protocol.activities import activity_words, doing_words, is_between_entries, stage_names, wait_words
+from gradwire_coordinator.server_place import ServerPlace
+from gradwire_protocol.activities import activity_words, doing_words, is_between_entries, wait_words
 from gradwire_protocol.errors import Stalled
 from gradwire_protocol.v1 import run_pb2, stage_pb2
 
@@ -22,10 +23,9 @@ _WITH_BATCH = ("train_step", "evaluate", "predict")
 class Standing:
     """One server of a run, as its coordinator knows it."""
 
-    # In its pipeline.
+    # In the run's lists.
     position: int
-    # That it hosts.
-    stages: Sequence[int]
+    place: ServerPlace
     server: str
     address: str
     # Of this run, as of the last heartbeat; None: it has told nothing of this run.
@@ -54,8 +54,7 @@ class Standing:
 
     @property
     def name(self) -> str:
-        """Return "stage 2", or "stages 0, 4"."""
-        return stage_names(self.stages)
+        return self.place.name
 
     @property
     def heard(self) -> str:
@@ -191,11 +190,9 @@ def _lost(waiting: Standing, owner: Standing, waits: str, limit_seconds: float) 
 def _circle(path: Sequence[Standing], closing: Standing, limit_seconds: float) -> Stalled:
     """The waits close at one that is on the way already: something was lost between two of them."""
     circle = path[path.index(closing) :] if closing in path else path
-    several = any(len(server.stages) > 1 for server in circle)
-    stages = (" and " if several else ", ").join(", ".join(map(str, server.stages)) for server in circle)
     seconds = min(server.stands_still() for server in circle)
     return Stalled(
-        f"Stages {stages} have waited for each other for {seconds:.1f} s: a message between them was lost",
+        f"{_names(circle)} have waited for each other for {seconds:.1f} s: a message between them was lost",
         expected=f"progress within {limit_seconds:g} s, the plan's stall_seconds",
         got=_waits(circle),
         remedy="check the network between " + " and ".join(f"{s.name} at {s.address}" for s in circle),
@@ -223,6 +220,15 @@ def _client(waiting: Standing, wait: stage_pb2.Wait, limit_seconds: float) -> St
         remedy="see whether the client is stopped, or its network to this server is broken; raise stall_seconds if it "
         "may take this long",
     )
+
+
+def _names(circle: Sequence[Standing]) -> str:
+    """Return "Stages 0, 1, 2", or "Stages 0, 3 and 1, 2"; of several replicas each server by its name."""
+    places = [server.place for server in circle]
+    if any(place.replicas > 1 for place in places):
+        return " and ".join(place.name for place in places).capitalize()
+    several = any(len(place.stages) > 1 for place in places)
+    return "Stages " + (" and " if several else ", ").join(", ".join(map(str, place.stages)) for place in places)
 
 
 def _waits(path: Sequence[Standing]) -> str:

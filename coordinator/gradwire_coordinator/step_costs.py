@@ -125,10 +125,11 @@ def step_costs(
     *,
     reduce: Sequence[float],
     update: Sequence[float],
+    exchange: Sequence[float],
 ) -> StepCosts:
     """Return the costs of a step. loaded: stages with encoding and decoding, and links (`Boundaries.loaded`)."""
     stages, links = loaded
-    return StepCosts(placement, tuple(stages), tuple(links), tuple(held), tuple(reduce), tuple(update))
+    return StepCosts(placement, tuple(stages), tuple(links), tuple(held), tuple(reduce), tuple(update), tuple(exchange))
 
 
 def _ends(costs: Sequence[NodeCosts], cuts: Sequence[int]) -> list[tuple[int, int]]:

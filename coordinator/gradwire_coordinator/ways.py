@@ -13,6 +13,7 @@ from gradwire_coordinator.boundaries import Boundaries, Links, asked_codecs
 from gradwire_coordinator.candidates import AUTO, Way
 from gradwire_coordinator.codec_choice import Choice
 from gradwire_coordinator.costs import NodeCosts, Rates
+from gradwire_coordinator.exchange_costs import Ring, choose_codec, exchange_bytes, exchange_seconds
 from gradwire_coordinator.model_checks import IndexedModel
 from gradwire_coordinator.named_schedules import placements
 from gradwire_coordinator.optimizer_costs import OptimizerCosts
@@ -21,6 +22,7 @@ from gradwire_coordinator.partition_inputs import PartitionInputs
 from gradwire_coordinator.placement import Placement, looped
 from gradwire_coordinator.programs import ChosenSchedule, recomputing_stages
 from gradwire_coordinator.segments import Segments, make_segments
+from gradwire_coordinator.sharing import Sharing
 from gradwire_coordinator.simulator import StageSeconds
 from gradwire_coordinator.step_costs import (
     rebuilt_bytes,
@@ -43,6 +45,8 @@ class Servers:
     memory_bytes: Sequence[int]
     costs: Sequence[NodeCosts]
     links: Links
+    # Of each position, with the servers of other replicas; empty: there are no others.
+    rings: Sequence[Ring] = ()
     # Whether each must stay at its position.
     order_is_fixed: bool = False
 
@@ -54,6 +58,7 @@ class Servers:
             memory_bytes=[self.memory_bytes[device] for device in devices],
             costs=[self.costs[device] for device in devices],
             links={(position[a], position[b]): rate for (a, b), rate in self.links.items()},
+            rings=[self.rings[device] for device in devices] if self.rings else (),
         )
 
 
@@ -72,6 +77,10 @@ class CutModel:
     codecs: tuple[Choice, ...]
     # Weights, gradients and optimizer state, by server.
     state: tuple[StateBytes, ...]
+    # How replicas agree.
+    sharing: Sharing
+    # Of each stage: whether it runs forwards again for their backwards.
+    recomputes: tuple[bool, ...]
     way: Way
     # By which share other cuts could be faster at the most (`Partition.gap`); None: the user's own.
     gap: float | None
@@ -88,7 +97,7 @@ def possible_ways(
     problem: PlanError | None = None
     for placement in allowed_placements(plan):
         try:
-            found.append(_cut(plan, OptimizerCosts(optimizer), indexed, placement, servers))
+            found.append(_cut(plan, optimizer, indexed, placement, servers))
         except PlanError as error:
             problem = problem or error
     if problem is not None and not found:
@@ -108,8 +117,10 @@ def allowed_placements(plan: run_pb2.Plan) -> list[Placement]:
 
 
 def _cut(
-    plan: run_pb2.Plan, optimizer: OptimizerCosts, indexed: IndexedModel, placement: Placement, servers: Servers
+    plan: run_pb2.Plan, optimizer: run_pb2.Optimizer, indexed: IndexedModel, placement: Placement, servers: Servers
 ) -> CutModel:
+    sharing = Sharing.of(plan, optimizer.name)
+    optimizer_costs = OptimizerCosts(optimizer, sharing.sharers, elsewhere=sharing.exchange.has_servers)
     rows = servers.costs[0].rows
     if plan.cuts:
         usable = indexed.train.usable_cuts(indexed.mutated)
@@ -118,7 +129,7 @@ def _cut(
     else:
         inputs = PartitionInputs(
             plan=plan,
-            optimizer=optimizer,
+            optimizer=optimizer_costs,
             indexed=indexed,
             costs=servers.costs,
             memory_bytes=servers.memory_bytes,
@@ -140,9 +151,16 @@ def _cut(
     codecs = boundaries.choose(asked, programs, stages, servers.rates, servers.links)
     held = stage_bytes(indexed.train, train, of_nodes, cuts, recomputes)
     tensors = [[item.spec for item in segments.held_by(server, placement)] for server in range(plan.stages)]
-    state = [optimizer.held(own) for own in tensors]
+    if sharing.codec_is_open:
+        busy = [0.0] * plan.stages
+        for server, seconds in zip(placement, stages, strict=True):
+            busy[server] += (seconds.forward + seconds.backward) * min(plan.micro_batches, plan.expected_rows)
+        chosen = choose_codec(servers.rings, sharing, tensors, servers.rates, max(busy))
+        sharing = Sharing.of(plan, optimizer.name, chosen)
+        optimizer_costs = OptimizerCosts(optimizer, sharing.sharers)
+    state = [optimizer_costs.held(own) for own in tensors]
     rebuilt = rebuilt_bytes(of_nodes, cuts, recomputes, placement)
-    update = [optimizer.update_seconds(own, rates) for own, rates in zip(tensors, servers.rates, strict=True)]
+    update = [optimizer_costs.update_seconds(own, rates) for own, rates in zip(tensors, servers.rates, strict=True)]
     way = Way(
         cuts=tuple(cuts),
         costs=step_costs(
@@ -151,6 +169,7 @@ def _cut(
             held,
             reduce=reduce_seconds(segments, placement, servers.links),
             update=update,
+            exchange=exchange_seconds(servers.rings, sharing, tensors, plan.replicas),
         ),
         held_bytes=tuple(each.total + once for each, once in zip(state, rebuilt, strict=True)),
         memory_bytes=tuple(servers.memory_bytes),
@@ -158,6 +177,7 @@ def _cut(
             boundaries.leaving_bytes(segment, codecs) + boundaries.returned_bytes(segment, codecs)
             for segment in train.values()
         ),
+        exchange_bytes=exchange_bytes(servers.rings, sharing, tensors),
     )
     return CutModel(
         servers=servers,
@@ -167,6 +187,8 @@ def _cut(
         boundaries=boundaries,
         codecs=tuple(codecs),
         state=tuple(state),
+        recomputes=tuple(recomputes),
+        sharing=sharing,
         way=way,
         gap=gap,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gradwire_protocol.errors import FrameError
@@ -30,10 +30,13 @@ class _Open:
 class Window:
     """The entries that were dispatched and are not finished, oldest first."""
 
-    def __init__(self, servers: Sequence[str], *, loss_from: int) -> None:
-        """servers: identifiers of the run's servers, by position. loss_from: position of the last stage's server."""
+    def __init__(self, servers: Sequence[str], *, loss_from: Mapping[int, int]) -> None:
+        """servers: identifiers of the run's servers, by position.
+
+        loss_from: positions of the last stage's servers, each with its replica, of whose micro-batches it has the loss.
+        """
         self._servers = list(servers)
-        self._loss_from = loss_from
+        self._loss_from = dict(loss_from)
         self._open: deque[_Open] = deque()
         # When the oldest open entry became the oldest.
         self._oldest_since = -math.inf
@@ -71,7 +74,7 @@ class Window:
         owed = next((item for item in self._open if position not in item.reports), None)
         if owed is None:
             raise FrameError("A server reported an entry that it was not sent", got=f"entry {report.entry}")
-        _check(report, owed.entry, last_stage=position == self._loss_from)
+        _check(report, owed.entry, self._loss_from.get(position))
         owed.reports[position] = report
         owed.started_at = min(owed.started_at, max(owed.dispatched_at, self._idle_since[position]))
         self._idle_since[position] = now
@@ -102,22 +105,30 @@ def merge_reports(
     if parts:
         result.weight = sum(part.weight for part in parts)
         result.loss = sum(part.sum for part in parts) / result.weight if result.weight else math.nan
-    first = reports[0][1]
-    if first.HasField("gradient_norm"):
-        result.gradient_norm = first.gradient_norm
+    # Whoever clips knows it, and all of them the same.
+    norm = next((report.gradient_norm for _, report in reports if report.HasField("gradient_norm")), None)
+    if norm is not None:
+        result.gradient_norm = norm
     return result
 
 
-def _expected_losses(entry: run_pb2.Entry) -> int:
-    """Return how many losses the last stage reports for an entry."""
+def _expected_losses(entry: run_pb2.Entry, replica: int) -> list[int]:
+    """Return the micro-batches whose losses a replica's last stage reports for an entry."""
     kind = entry.WhichOneof("kind")
     if kind == "train_step":
-        return len(entry.train_step.micro_batches)
-    return len(entry.evaluate.micro_batches) if kind == "evaluate" else 0
+        parts = entry.train_step.micro_batches
+    elif kind == "evaluate":
+        parts = entry.evaluate.micro_batches
+    else:
+        return []
+    return [part.index for part in parts if part.replica == replica]
 
 
-def _check(report: run_pb2.EntryReport, entry: run_pb2.Entry, *, last_stage: bool) -> None:
-    """FrameError unless a report is the one that its server owes for this entry."""
+def _check(report: run_pb2.EntryReport, entry: run_pb2.Entry, loss_of: int | None) -> None:
+    """FrameError unless a report is the one that its server owes for this entry.
+
+    loss_of: the replica whose losses it reports; None: it reports none.
+    """
     if (report.entry, report.generation) != (entry.number, entry.generation):
         raise FrameError(
             "A server reported out of order",
@@ -125,7 +136,7 @@ def _check(report: run_pb2.EntryReport, entry: run_pb2.Entry, *, last_stage: boo
             got=f"entry {report.entry} of generation {report.generation}",
         )
     parts = sorted(part.micro_batch for part in report.losses)
-    wanted = list(range(_expected_losses(entry))) if last_stage else []
+    wanted = [] if loss_of is None else _expected_losses(entry, loss_of)
     if parts != wanted:
         raise FrameError(
             f"A server reported the wrong losses for entry {entry.number}",

@@ -32,6 +32,8 @@ class KeyParts(Protocol):
     def source_stage(self) -> int: ...
     @property
     def state(self) -> str: ...
+    @property
+    def source_replica(self) -> int: ...
 
 
 def message_words(key: KeyParts) -> str:
@@ -55,9 +57,13 @@ def message_words(key: KeyParts) -> str:
         case pb.DIRECTION_MOVED:
             return f"tensor {key.value!r} {stage}"
         case pb.DIRECTION_NORM:
-            return f"sum of squared gradients {stage}"
+            return f"sum of squared gradients {stage} of replica {key.source_replica}"
         case pb.DIRECTION_WEIGHT:
-            return f"total weight of the loss {stage}"
+            return f"weight of the loss {stage} of replica {key.source_replica}"
+        case pb.DIRECTION_WEIGHTS:
+            return f"weights of {key.value!r} from its parameter server"
+        case pb.DIRECTION_REDUCE:
+            return f"part of the gradients ({key.value}) {stage} of replica {key.source_replica}"
     return f"{key.value!r} {stage}"
 
 
@@ -107,9 +113,13 @@ def _phase_words(action: Action, phase: str) -> str:
         case program.WEIGHT_GRADIENT:
             return f"running the weight gradients of micro-batch {action.micro_batch}"
         case program.REDUCE:
-            return "adding the gradients of tied parameters"
+            return "adding the gradients of replicas and tied parameters"
         case program.NORM:
             return "clipping the gradients"
+        case program.GATHER:
+            return "bringing the weights of replicas together"
+        case program.AVERAGE:
+            return "averaging the weights of replicas"
     return "updating the weights"
 
 
@@ -137,27 +147,31 @@ def activity_words(
     return f"{text}, which is {doing_words(known)}"
 
 
-def stage_names(stages: Sequence[int]) -> str:
-    """Return "stage 2", or "stages 0, 4"."""
-    return ("stage " if len(stages) == 1 else "stages ") + ", ".join(map(str, stages))
+def stage_names(stages: Sequence[int], replica: int | None = None) -> str:
+    """Return "stage 2", or "stages 0, 4 of replica 1"; replica: None where there is only one."""
+    names = ("stage " if len(stages) == 1 else "stages ") + ", ".join(map(str, stages))
+    return names if replica is None else f"{names} of replica {replica}"
 
 
 def stage_lines(
     activities: Sequence[tuple[str, stage_pb2.Activity, float]],
+    replica_of: Callable[[str], int | None] = lambda server: None,
 ) -> dict[str, list[str]]:
     """Return a line for each server of each run, in the order of their stages, from (server, activity, age in seconds).
 
     "stage 2 has waited 4.1 s for the forward of micro-batch 7 from stage 1, which is encoding (1F7, entry 3)".
+    replica_of: of a server, where its run has several.
     """
     of_run = sorted(
-        (item for item in activities if item[1].run), key=lambda item: (item[1].run, *list(item[1].stages)[:1])
+        (item for item in activities if item[1].run),
+        key=lambda item: (item[1].run, replica_of(item[0]) or 0, *list(item[1].stages)[:1]),
     )
     lines: dict[str, list[str]] = {}
     for run, group in itertools.groupby(of_run, key=lambda item: item[1].run):
         members = list(group)
         known = {server: activity for server, activity, _ in members}
         lines[run] = [
-            f"{stage_names(activity.stages)} {activity_words(activity, known.get, age_seconds=age)}"
-            for _, activity, age in members
+            f"{stage_names(activity.stages, replica_of(server))} {activity_words(activity, known.get, age_seconds=age)}"
+            for server, activity, age in members
         ]
     return lines

@@ -232,7 +232,7 @@ class FrameAssembler:
         self._received = 0
         self._sequence = 0
         # Payload bytes of descriptions that have been checked, by what names a message but for entry and micro-batch.
-        self._known: dict[tuple[str, str, int, int, str], tuple[pb.TensorInfo, int]] = {}
+        self._known: dict[tuple[str, str, int, int, str, int], tuple[pb.TensorInfo, int]] = {}
 
     @property
     def header(self) -> pb.TensorHeader | None:
@@ -279,7 +279,7 @@ class FrameAssembler:
     def _size_of(self, header: pb.TensorHeader) -> int:
         """Do what `check_header` does; what was checked once, but for entry and micro-batch, is not checked again."""
         key = header.key
-        kind = (key.run, key.value, key.direction, key.source_stage, key.state)
+        kind = (key.run, key.value, key.direction, key.source_stage, key.state, key.source_replica)
         known = self._known.get(kind)
         if known is not None and known[0] == header.tensor and key.entry:
             return known[1]

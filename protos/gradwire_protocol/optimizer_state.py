@@ -33,6 +33,8 @@ _MOST_STATE = 3
 # Settings that add as many bytes again, where they are on.
 _MORE_STATE = ("amsgrad", "momentum", "centered")
 _MOMENTUM_OF_ITS_OWN = frozenset({"Muon"})
+# These look at whole matrices; all others at each element for itself.
+NEED_WHOLE_PARAMETERS = frozenset({"Adafactor", "Muon"})
 
 
 @dataclass(frozen=True)
@@ -61,15 +63,15 @@ class OptimizerState:
             factor = STATE_FACTORS.get(optimizer.name, _MOST_STATE) + more
             self.factors.update(dict.fromkeys(group.parameters, factor))
 
-    def held(self, tensors: Iterable[graph_pb2.TensorSpec]) -> StateBytes:
-        """Return what holding these tensors takes."""
+    def held(self, tensors: Iterable[graph_pb2.TensorSpec], sharers: int = 1) -> StateBytes:
+        """Return what holding these tensors takes, where so many replicas share the optimizer's state."""
         weights = gradients = state = 0
         for spec in tensors:
             size = tensor_bytes(spec)
             weights += size
             if spec.requires_grad:
                 gradients += size
-                state += size * self.factors.get(spec.name, 0)
+                state += -(-size * self.factors.get(spec.name, 0) // sharers)
         return StateBytes(weights, gradients, state)
 
 

@@ -21,6 +21,8 @@ WEIGHT_GRADIENT = "W"
 REDUCE = "REDUCE"
 NORM = "NORM"
 UPDATE = "UPDATE"
+GATHER = "GATHER"
+AVERAGE = "AVERAGE"
 
 _TO_PROTO = {
     FORWARD: run_pb2.ACTION_KIND_FORWARD,
@@ -30,14 +32,16 @@ _TO_PROTO = {
     REDUCE: run_pb2.ACTION_KIND_REDUCE,
     NORM: run_pb2.ACTION_KIND_NORM,
     UPDATE: run_pb2.ACTION_KIND_UPDATE,
+    GATHER: run_pb2.ACTION_KIND_GATHER,
+    AVERAGE: run_pb2.ACTION_KIND_AVERAGE,
 }
 _FROM_PROTO = {number: kind for kind, number in _TO_PROTO.items()}
 OF_MICRO_BATCH = frozenset({FORWARD, BACKWARD, INPUT_GRADIENT, WEIGHT_GRADIENT})
-_TEXT = re.compile(r"(?P<stage>\d+)(?P<kind>[FBIW])(?P<micro_batch>\d+)|(?P<whole>REDUCE|NORM|UPDATE)")
+_TEXT = re.compile(r"(?P<stage>\d+)(?P<kind>[FBIW])(?P<micro_batch>\d+)|(?P<whole>REDUCE|NORM|UPDATE|GATHER|AVERAGE)")
 
 
 class Action(NamedTuple):
-    """One entry of a program. Actions of the whole step (REDUCE, NORM, UPDATE) have stage and micro-batch 0."""
+    """One entry of a program. Actions of the whole step (REDUCE, NORM, …) have stage and micro-batch 0."""
 
     stage: int
     kind: str
@@ -52,7 +56,9 @@ def parse_action(text: str) -> Action:
     match = _TEXT.fullmatch(text)
     if match is None:
         raise FrameError(
-            "Not an action", expected='text such as "2F0", "1B3", "REDUCE", "NORM" or "UPDATE"', got=repr(text)
+            "Not an action",
+            expected='text such as "2F0", "1B3", "REDUCE", "NORM", "UPDATE", "GATHER" or "AVERAGE"',
+            got=repr(text),
         )
     if match["whole"]:
         return Action(0, match["whole"], 0)

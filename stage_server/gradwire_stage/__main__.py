@@ -1,4 +1,7 @@
-"""`gradwire-stage-server`: one process that hosts pipeline stages on one device."""
+"""`gradwire-stage-server`: one process that hosts pipeline stages on one device.
+
+And `gradwire-parameter-server`: the same, but it hosts parameters and their optimizer for the replicas of runs.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ Flag = typer.Option
 
 
 def serve(
+    role: Annotated[str | None, Flag(help="stage, or parameter: what runs may take it for.")] = None,
     listen: Annotated[str | None, Flag(help="HOST:PORT to listen on; port 0: any free one.")] = None,
     advertise: Annotated[str | None, Flag(help="HOST:PORT that others dial; default: the bound address.")] = None,
     coordinator: Annotated[str | None, Flag(help="HOST:PORT of the coordinator.")] = None,
@@ -54,7 +58,7 @@ def serve(
     watch_parent: Annotated[bool, Flag("--watch-stdin", help="End when standard input ends.")] = False,
     config: Annotated[Path | None, Flag(help="TOML file with these settings.")] = None,
 ) -> None:
-    """Serve pipeline stages until SIGTERM. Settings: flags over GRADWIRE_STAGE_* over the file."""
+    """Serve pipeline stages, or parameters, until SIGTERM. Settings: flags over GRADWIRE_STAGE_* over the file."""
     flags: dict[str, Any] = dict(locals())
     file = flags.pop("config")
     flags["operators"] = operators or None
@@ -73,6 +77,12 @@ def serve(
     except GradwireError as error:
         print(f"gradwire-stage-server: {error}", file=sys.stderr)
         raise typer.Exit(2) from error
+
+
+def parameter_server() -> None:
+    """Do what `main` does, for a server that hosts parameters."""
+    sys.argv[1:1] = ["--role", "parameter"]
+    main()
 
 
 def main() -> None:

@@ -5,22 +5,28 @@ Worked out once, when a run is prepared. Leaves keeping them to mailbox.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from gradwire_protocol.errors import FrameError
 from gradwire_protocol.v1 import stage_pb2
 from gradwire_protocol.v1 import tensors_pb2 as pb
 from gradwire_stage.keys import FROM_CLIENT, Key, Source
+from gradwire_stage.places import Places
 
 CLIENT = "client"
-EXCHANGE = frozenset({pb.DIRECTION_TIED, pb.DIRECTION_NORM, pb.DIRECTION_WEIGHT, pb.DIRECTION_MOVED})
+EXCHANGE = frozenset(
+    {
+        *(pb.DIRECTION_TIED, pb.DIRECTION_NORM, pb.DIRECTION_WEIGHT, pb.DIRECTION_MOVED, pb.DIRECTION_REDUCE),
+        pb.DIRECTION_WEIGHTS,
+    }
+)
+# Whose keys name the sender's replica.
+BETWEEN_REPLICAS = frozenset({pb.DIRECTION_WEIGHT, pb.DIRECTION_NORM, pb.DIRECTION_REDUCE})
 _BY_MICRO_BATCH = frozenset({pb.DIRECTION_BATCH, pb.DIRECTION_FORWARD, pb.DIRECTION_BACKWARD})
 
 
 def key_of(header: pb.TensorHeader) -> Key:
     """Return the key of a message within its run."""
     key = header.key
-    return Key(key.entry, key.micro_batch, key.value, key.direction, key.source_stage, key.state)
+    return Key(key.entry, key.micro_batch, key.value, key.direction, key.source_stage, key.state, key.source_replica)
 
 
 def is_answered(header: pb.TensorHeader) -> bool:
@@ -29,10 +35,17 @@ def is_answered(header: pb.TensorHeader) -> bool:
 
 
 class Arrivals:
-    """The messages of one run that a server can get. `server_of_stage`: of its own pipeline."""
+    """The messages of one run that a server can get."""
 
-    def __init__(self, request: stage_pb2.PrepareRequest, server_of_stage: Mapping[int, str]) -> None:
-        self._server_of_stage = server_of_stage
+    def __init__(self, request: stage_pb2.PrepareRequest, places: Places) -> None:
+        self._places = places
+        self._server_of_stage = places.server_of_stage
+        self._replica = places.replica
+        # The senders of what goes from one replica to others.
+        self._server_of = {(peer.replica, stage): peer.server for peer in request.peers for stage in peer.stages}
+        self._own_stages = frozenset(
+            stage for stage, server in self._server_of_stage.items() if server == request.server
+        )
         self._last_stage = request.stages - 1
         self._sources = _sources(request)
         self.bounds = {
@@ -51,11 +64,33 @@ class Arrivals:
                 expected=f"stage 0 to {self._last_stage}, and no result",
                 got=str(key),
             )
+        if key.direction in BETWEEN_REPLICAS:
+            self._check_replica(key)
+        elif key.source_replica:
+            raise FrameError("Only what goes between replicas names one", expected="replica 0", got=str(key))
+        if key.direction == pb.DIRECTION_WEIGHTS and key.source_stage <= self._last_stage:
+            raise FrameError("Weights come from parameter servers only", got=str(key))
         if key.direction in _BY_MICRO_BATCH and Source.of(key) not in self._sources:
             raise FrameError("No stage here reads such a message", expected="a value of the segments", got=str(key))
 
+    def _check_replica(self, key: Key) -> None:
+        if (key.source_replica, key.source_stage) not in self._server_of:
+            raise FrameError("A message does not come from a replica of this run", got=str(key))
+        if self._places.is_parameter_server:
+            return
+        if key.direction == pb.DIRECTION_REDUCE and (
+            key.source_replica == self._replica or key.source_stage not in self._own_stages
+        ):
+            raise FrameError(
+                "Gradients are exchanged with the same stages of other replicas",
+                expected=f"stages {sorted(self._own_stages)} of another replica than {self._replica}",
+                got=str(key),
+            )
+
     def sender(self, key: Key) -> str:
         """Return the server that a message comes from, or CLIENT."""
+        if key.direction in BETWEEN_REPLICAS:
+            return self._server_of[key.source_replica, key.source_stage]
         return CLIENT if key.direction in FROM_CLIENT else self._server_of_stage[key.source_stage]
 
     def stream(self, key: Key) -> tuple[str, bool]:

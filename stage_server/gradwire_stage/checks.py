@@ -5,6 +5,8 @@ Operators and their arguments are checked where segments are built; tensor frame
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 
 from gradwire_protocol.channels import parse_address
@@ -18,6 +20,7 @@ from gradwire_protocol.frames import (
     MAXIMUM_STATE_BYTES,
     MAXIMUM_VALUE_BYTES,
 )
+from gradwire_protocol.gradient_codecs import parse_compression
 from gradwire_protocol.optimizer_state import OptimizerState
 from gradwire_protocol.program import Action, program_from_proto
 from gradwire_protocol.v1 import graph_pb2, run_pb2, stage_pb2, tensors_pb2
@@ -93,15 +96,47 @@ def _check_peers(request: stage_pb2.PrepareRequest) -> stage_pb2.Peer:
         raise FrameError("This server is not among the run's", expected=request.server, got=", ".join(by_server))
     for peer in request.peers:
         parse_address(peer.address)
-    # Replicas hold the same stages: each pipeline must be whole.
-    hosted = sorted(stage for peer in request.peers if peer.replica == own.replica for stage in peer.stages)
-    _refuse_unless(
-        hosted == list(range(request.stages)),
-        "The servers do not host each stage once",
-        f"0 to {request.stages - 1}",
-        hosted,
-    )
     _refuse_unless(bool(own.stages), "This server hosts no stage", "at least one", 0)
+    helpers = sorted(list(peer.stages) for peer in request.peers if peer.parameter_server)
+    _refuse_unless(
+        helpers == [[request.stages + number] for number in range(len(helpers))],
+        "Wrong numbers of parameter servers",
+        f"one each, from {request.stages} on",
+        helpers,
+    )
+    workers = [peer for peer in request.peers if not peer.parameter_server]
+    replicas = sorted({peer.replica for peer in workers})
+    for replica in replicas:
+        servers = [list(peer.stages) for peer in workers if peer.replica == replica]
+        hosted = sorted(itertools.chain.from_iterable(servers))
+        _refuse_unless(
+            hosted == list(range(request.stages)),
+            f"The servers of replica {replica} do not host each stage once",
+            f"0 to {request.stages - 1}",
+            hosted,
+        )
+        # What a server exchanges with the other replicas is of the same stages.
+        _refuse_unless(
+            own.parameter_server or list(own.stages) in servers,
+            f"Replica {replica} has no server like this one",
+            f"a server with the stages {list(own.stages)}",
+            servers,
+        )
+    if len(replicas) > 1 or helpers:
+        parse_compression(request.compression)
+        local = request.local_steps
+        _refuse_unless(
+            not request.HasField("local_steps") or (0 < local.learning_rate < math.inf and 0 <= local.momentum < 1),
+            "Wrong settings of local steps",
+            "a learning rate above 0, a momentum from 0 to below 1",
+            local,
+        )
+        _refuse_unless(
+            not (request.HasField("local_steps") and request.shard_optimizer),
+            "Replicas that train alone cannot share the optimizer's state",
+            "one of both",
+            "both",
+        )
     return own
 
 
@@ -126,10 +161,21 @@ def _check_placements(request: stage_pb2.PrepareRequest, own: stage_pb2.Peer) ->
         )
         holders = list(placement.holder_stages)
         _refuse_unless(
-            holders == sorted(set(holders)) and bool(set(holders) & set(own.stages)) and holders[-1] < request.stages,
+            holders == sorted(set(holders))
+            and bool(holders)
+            and (own.parameter_server or bool(set(holders) & set(own.stages)))
+            and holders[-1] < request.stages,
             f"Tensor {spec.name!r} has wrong holders",
             f"ascending stages, one of {list(own.stages)} among them",
             holders,
+        )
+        known = {peer.server for peer in request.peers if peer.parameter_server}
+        _refuse_unless(
+            (not placement.parameter_server or placement.parameter_server in known)
+            and (not own.parameter_server or placement.parameter_server == own.server),
+            f"Tensor {spec.name!r} has a wrong parameter server",
+            f"none, or one of {sorted(known)}",
+            placement.parameter_server[:64],
         )
     return names
 
@@ -215,15 +261,20 @@ def check_bounds(request: stage_pb2.PrepareRequest, mailbox_bytes: int) -> None:
 
 def check_memory(request: stage_pb2.PrepareRequest, memory_bytes: int) -> int:
     """Refuse a run whose state alone is above the device's memory; return the bytes of its tensors."""
-    held = OptimizerState(request.optimizer).held(placement.spec for placement in request.tensors)
-    if held.total > memory_bytes:
+    sharers = len({peer.replica for peer in request.peers}) if request.shard_optimizer else 1
+    state = OptimizerState(request.optimizer)
+    specs = (item.spec for item in request.tensors if item.parameter_server in ("", request.server))
+    elsewhere = (item.spec for item in request.tensors if item.parameter_server not in ("", request.server))
+    held, pushed = state.held(specs, sharers), state.held(elsewhere)
+    needed = held.total + pushed.weights + pushed.gradients
+    if needed > memory_bytes:
         raise LimitExceeded(
             "The stage does not fit on this server's device",
             expected=f"{memory_bytes / 2**30:.2f} GiB at most",
-            got=f"{held.total / 2**30:.2f} GiB of weights, gradients and optimizer state, without activations",
+            got=f"{needed / 2**30:.2f} GiB of weights, gradients and optimizer state, without activations",
             remedy="use more stages, or servers with more memory",
         )
-    return held.weights
+    return held.weights + pushed.weights
 
 
 def check_entry(
@@ -233,11 +284,16 @@ def check_entry(
     generation: int,
     number: int | None,
     stages: Mapping[int, Sequence[int]],
-    replica: int,
+    replica: int = 0,
+    reduces: bool = False,
+    gathers: bool = False,
+    averages: bool = False,
+    updates: bool = True,
 ) -> list[Action]:
     """Check an entry and its program; return the program.
 
     `number` is the one that must come, None before the first. `stages`: those that have a segment here, by graph.
+    reduces, gathers, averages, updates: as for `check_program`.
     """
     entry = request.entry
     if request.run != run or entry.generation != generation:
@@ -277,7 +333,15 @@ def check_entry(
         f"indices {indices[:20]}, rows {[item.rows for item in micro_batches[:20]]}",
     )
     own = [item.index for item in micro_batches if item.replica == replica]
-    check_program(program, stages.get(_GRAPH_OF_ENTRY[kind], ()), own, train=kind == "train_step")
+    active = stages.get(_GRAPH_OF_ENTRY[kind], ())
+    check_program(
+        *(program, active, own),
+        train=kind == "train_step",
+        reduces=reduces,
+        gathers=gathers,
+        averages=averages,
+        updates=updates,
+    )
     return program
 
 

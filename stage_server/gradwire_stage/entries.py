@@ -15,14 +15,16 @@ from gradwire_protocol.torch_tensors import dense
 from gradwire_protocol.v1 import graph_pb2, run_pb2
 from gradwire_protocol.v1 import tensors_pb2 as pb
 from gradwire_stage import timeline as phases
+from gradwire_stage.exchange.state import SharedState
 from gradwire_stage.gradients import Gradients
 from gradwire_stage.keys import Key
 from gradwire_stage.optimizer import StateValue
-from gradwire_stage.passes import Passes, put_result, take_state, take_tensor
+from gradwire_stage.passes import Passes, put_result
 from gradwire_stage.run_state import RunState
 from gradwire_stage.snapshot import is_saved, save_state
 from gradwire_stage.stored_state import StoredState
 from gradwire_stage.takeover import take_over
+from gradwire_stage.taking import take_state, take_tensor
 from gradwire_stage.timeline import Timeline
 from gradwire_stage.weights import ServerWeights
 
@@ -43,6 +45,8 @@ def run_entry(
     if run.kept is not None and kind != "new_plan":
         raise FrameError("The state was not taken over yet", expected="a NewPlan entry first", got=str(kind))
     run.mailbox.begin(entry.number, training=kind == "train_step")
+    if run.pushes is not None and kind != "train_step":
+        run.pushes.settle(timeline)
     match kind:
         case "load_state":
             _load_state(run, timeline, entry.number, entry.load_state)
@@ -88,9 +92,19 @@ def _train_step(
     )
     gradients = Gradients(run, timeline, passes, entry=entry.number, step=step)
     loss_stage = run.loss_stage.get(graph_pb2.GRAPH_KIND_TRAIN)
+    exchange = run.exchange
+    if exchange is not None:
+        exchange.begin(timeline, entry.number, step, program)
+    if run.local_steps is not None:
+        run.local_steps.begin()
+    pushes = run.pushes
+    if pushes is not None:
+        pushes.begin(program)
     for action, following in itertools.zip_longest(program, program[1:]):
         run.check()
         run.progress.begin(action)
+        if exchange is not None and action.kind in kinds.OF_MICRO_BATCH:
+            exchange.before(action)
         match action.kind:
             case kinds.FORWARD:
                 # Where the backward comes next, keeping takes no more memory at the peak than running it again would.
@@ -111,6 +125,14 @@ def _train_step(
                 gradients.norm()
             case kinds.UPDATE:
                 gradients.update()
+            case kinds.GATHER:
+                gradients.gather()
+            case kinds.AVERAGE:
+                gradients.average()
+        if exchange is not None and action.kind in kinds.OF_MICRO_BATCH:
+            exchange.after(action)
+        elif pushes is not None and action.kind in kinds.OF_MICRO_BATCH:
+            pushes.after(timeline, entry.number, action)
         run.progress.advance()
     timeline.switch(phases.ENCODE)
     report.losses.extend(passes.loss_parts())
@@ -171,18 +193,26 @@ def _load_state(run: RunState, timeline: Timeline[Any], entry: int, load: run_pb
     for item in load.optimizer_state:
         if item.parameter in run.parameters:
             key = Key(entry, 0, item.parameter, pb.DIRECTION_STATE, 0, item.state)
-            value = take_state(run, timeline, key) if stored is None else stored.state(item)
-            states.setdefault(item.parameter, {})[item.state] = value
+            value: StateValue | None = take_state(run, timeline, key) if stored is None else stored.state(item)
+            if run.exchange is not None and run.exchange.sharding is not None and value is not None:
+                value = run.exchange.sharding.own_state(item.parameter, run.parameters[item.parameter], value)
+            elif item.parameter not in run.updated:
+                value = None  # its parameter server has it
+            if value is not None:
+                states.setdefault(item.parameter, {})[item.state] = value
             run.progress.advance()
     if stored is not None:
         _pass_on(run, timeline, entry, stored)
     run.optimizer.restore(states)
+    for kept in (run.exchange, run.local_steps, run.pushes, run.shard):
+        if kept is not None:
+            kept.forget()
     run.weight_version = load.weight_version
 
 
 def _pass_on(run: RunState, timeline: Timeline[Any], entry: int, stored: StoredState) -> None:
     """Leave what no server holds for the client, if this server is the first; see that all was of one checkpoint."""
-    if 0 in run.stages:
+    if 0 in run.stages and run.places.leads:
         for name, tensor in stored.kept():
             put_result(run, timeline, entry, run.result(entry, 0, name, tensor, stage=run.first_stage))
     stored.check_unchanged()
@@ -192,18 +222,24 @@ def _fetch_state(run: RunState, timeline: Timeline[Any], entry: int, *, optimize
     """Copy what the state dict holds and this server owns, for the client to collect; and the optimizer's state."""
     run.progress.doing = "copying the model's state"
     timeline.switch(phases.ENCODE)
-    for name, tensor in run.tensors.items():
-        spec = run.placements[name].spec
-        if is_saved(spec) and run.owns(name):
-            copy = dense(tensor.detach()).clone()
-            put_result(run, timeline, entry, run.result(entry, 0, name, copy, stage=run.first_stage))
-            run.progress.advance()
-            if optimizer_state:
-                _copy_optimizer_state(run, timeline, entry, name)
+    names = [name for name in run.tensors if is_saved(run.placements[name].spec) and run.holds_for_files(name)]
+    shared = SharedState(run, timeline, entry)
+    if not run.places.leads:
+        if optimizer_state:
+            shared.give(names)
+        return
+    for name in names:
+        copy = dense(run.tensors[name].detach()).clone()
+        put_result(run, timeline, entry, run.result(entry, 0, name, copy, stage=run.first_stage))
+        run.progress.advance()
+        if optimizer_state:
+            _copy_optimizer_state(run, timeline, entry, name, shared)
 
 
-def _copy_optimizer_state(run: RunState, timeline: Timeline[Any], entry: int, parameter: str) -> None:
-    for state, value in run.optimizer.state_of(parameter).items():
+def _copy_optimizer_state(
+    run: RunState, timeline: Timeline[Any], entry: int, parameter: str, shared: SharedState
+) -> None:
+    for state, value in shared.of(parameter).items():
         copy = dense(value.detach()).clone() if isinstance(value, torch.Tensor) else value
         put_result(run, timeline, entry, run.result(entry, 0, parameter, copy, stage=run.first_stage, state=state))
         run.progress.advance()

@@ -15,8 +15,9 @@ from gradwire_protocol.v1 import graph_pb2, run_pb2
 from gradwire_protocol.v1 import tensors_pb2 as pb
 from gradwire_stage import timeline as phases
 from gradwire_stage.keys import Key
-from gradwire_stage.passes import Passes, put_result, take_tensor
+from gradwire_stage.passes import Passes, put_result
 from gradwire_stage.run_state import RunState
+from gradwire_stage.taking import take_tensor
 from gradwire_stage.timeline import Timeline
 
 # What torch.nn.utils.clip_grad_norm_ adds to the norm before it divides.
@@ -39,19 +40,38 @@ class Gradients:
         self._norm: torch.Tensor | None = None
 
     def send_weight(self) -> None:
-        """Send the total weight to all other servers, once it is known here. After each forward of the last stage."""
+        """Send the weight of this replica's losses to all other servers, once it is known here.
+
+        After each forward of the last stage; where there is none in this step, before the division.
+        """
         run = self._run
-        if self._weight_sent or run.loss_form != graph_pb2.LOSS_FORM_SUM_AND_WEIGHT or run.server != run.last_server:
+        if (
+            self._weight_sent
+            or run.loss_form != graph_pb2.LOSS_FORM_SUM_AND_WEIGHT
+            or run.server != run.places.last_server
+        ):
             return
         weight = self._passes.own_weight()
         if weight is not None:
-            key = Key(self._entry, 0, "", pb.DIRECTION_WEIGHT, run.last_stage)
-            run.peers.send(run.other_servers, key, weight)
+            key = Key(self._entry, 0, "", pb.DIRECTION_WEIGHT, run.places.last_stage, source_replica=run.replica)
+            run.peers.send(run.places.weight_readers, key, weight)
             self._weight_sent = True
 
     def reduce(self) -> None:
-        """Add the gradients of tensors that several servers hold, in stage order: the same bits everywhere."""
+        """Add the gradients of all replicas, then of tensors that several servers hold, in stage order.
+
+        The same bits everywhere.
+        """
         run, timeline = self._run, self._timeline
+        if run.exchange is not None:
+            run.exchange.finish()
+        elif run.pushes is not None:
+            self.send_weight()
+            run.pushes.finish(timeline, self._entry, self._step.micro_batches)
+            return
+        elif run.shard is not None:
+            run.shard.collect(timeline, self._entry)
+            return
         timeline.switch(phases.ENCODE)
         tied = [(name, holders) for name in run.parameters if len(holders := run.holders[name]) > 1]
         for name, holders in tied:
@@ -77,10 +97,11 @@ class Gradients:
         timeline.switch(phases.UPDATE)
         own = self._own_squares()
         timeline.switch(phases.ENCODE)
-        run.peers.send(run.other_servers, Key(self._entry, 0, "", pb.DIRECTION_NORM, run.first_stage), own)
+        others = [server for _, _, server in run.places.norm_servers if server != run.server]
+        run.peers.send(others, self._norm_key(run.replica, run.first_stage), own)
         total = torch.zeros((), dtype=torch.float64, device=run.device.torch_device)
-        for stage, server in run.servers:
-            total = total + (own if server == run.server else self._scalar(pb.DIRECTION_NORM, stage))
+        for replica, stage, server in run.places.norm_servers:
+            total = total + (own if server == run.server else self._scalar(self._norm_key(replica, stage)))
         timeline.switch(phases.UPDATE)
         self._norm = total.sqrt()
         factor = (self._step.max_gradient_norm / (self._norm + _CLIP_EPSILON)).clamp(max=1.0)
@@ -93,21 +114,38 @@ class Gradients:
         self._divide()
         timeline.switch(phases.UPDATE)
         kept = self._copies() if self._step.return_gradients else {}
+        if run.shard is not None:
+            run.shard.before_update()
         run.optimizer.set_hyperparameters(self._step.hyperparameters.groups)
         run.optimizer.step()
-        for tensor in run.parameters.values():
+        for tensor in run.updated.values():
             tensor.grad = None
         run.weight_version = self._step.step
         timeline.switch(phases.ENCODE)
         for name, gradient in kept.items():
             put_result(run, timeline, self._entry, run.result(self._entry, 0, name, gradient, stage=run.first_stage))
 
+    def gather(self) -> None:
+        """Bring the weights to all who hold them: of other replicas' parts, or of parameter servers."""
+        run = self._run
+        if run.exchange is not None:
+            run.exchange.gather_weights()
+        elif run.pushes is not None:
+            run.pushes.pull(self._timeline, self._entry, self._step.step)
+        elif run.shard is not None:
+            run.shard.spread(self._timeline, self._entry)
+
+    def average(self) -> None:
+        """Have replicas that have trained alone go on from the same weights."""
+        if self._run.local_steps is not None:
+            self._run.local_steps.average(self._timeline, self._entry, self._step.step)
+
     def gradient_norm(self) -> float | None:
         """Return the norm before clipping; None if it was not asked for. Waits for the device."""
         return None if self._norm is None else self._run.device.numbers([self._norm])[0]
 
     def _all(self) -> list[torch.Tensor]:
-        return [tensor.grad for tensor in self._run.parameters.values() if tensor.grad is not None]
+        return [tensor.grad for tensor in self._run.updated.values() if tensor.grad is not None]
 
     def _sum(self, name: str, parts: list[torch.Tensor]) -> torch.Tensor | None:
         if not parts:
@@ -130,6 +168,7 @@ class Gradients:
         if self._divided:
             return
         self._divided = True
+        self.send_weight()
         weight = self._total_weight()
         self._timeline.switch(phases.UPDATE)
         for gradient in self._all():
@@ -138,34 +177,50 @@ class Gradients:
     def _total_weight(self) -> float | torch.Tensor:
         run = self._run
         if run.loss_form == graph_pb2.LOSS_FORM_MEAN_OVER_ROWS:
-            return float(sum(micro_batch.rows for micro_batch in self._step.micro_batches))
-        own = self._passes.own_weight() if run.server == run.last_server else None
-        return self._scalar(pb.DIRECTION_WEIGHT, run.last_stage) if own is None else own
+            return float(
+                sum(part.rows for part in self._step.micro_batches if part.replica in run.places.weighed_replicas)
+            )
+        weights = []
+        for replica in run.places.weighed_replicas:
+            if (
+                replica == run.replica
+                and run.server == run.places.last_server
+                and (own := self._passes.own_weight()) is not None
+            ):
+                weights.append(own)
+            else:
+                key = Key(self._entry, 0, "", pb.DIRECTION_WEIGHT, run.places.last_stage, source_replica=replica)
+                weights.append(self._scalar(key))
+        return weights[0] if len(weights) == 1 else torch.stack(weights).sum()
 
-    def _scalar(self, direction: pb.Direction, stage: int) -> torch.Tensor:
-        key = Key(self._entry, 0, "", direction, stage)
+    def _scalar(self, key: Key) -> torch.Tensor:
         tensor = take_tensor(self._run, self._timeline, key)
         if tensor is None or tensor.dim() != 0 or tensor.dtype != torch.float64:
             raise FrameError(f"Wrong content: {key}", expected="a float64 scalar", got=str(tensor))
         return tensor
 
     def _own_squares(self) -> torch.Tensor:
-        """Return the sum of squares of the gradients that count here: each tensor's at its first holder."""
+        """Return the sum of squares of the gradients that count here: each element's at one server."""
         norms = [
             torch.linalg.vector_norm(
                 torch.view_as_real(gradient) if gradient.is_complex() else gradient, dtype=torch.float64
             )
-            for name, tensor in self._run.parameters.items()
-            if (gradient := tensor.grad) is not None and self._run.owns(name)
+            for name, tensor in self._run.updated.items()
+            if (gradient := tensor.grad) is not None and self._run.counts(name)
         ]
         if not norms:
             return torch.zeros((), dtype=torch.float64, device=self._run.device.torch_device)
         return torch.stack(norms).square().sum()
 
+    def _norm_key(self, replica: int, stage: int) -> Key:
+        return Key(self._entry, 0, "", pb.DIRECTION_NORM, stage, source_replica=replica)
+
     def _copies(self) -> dict[str, torch.Tensor | None]:
         """Copy the gradients that the client collects here, before the optimizer may write to them."""
+        run = self._run
+        shared = {} if run.exchange is None else run.exchange.gather_gradients()
         return {
-            name: None if (gradient := tensor.grad) is None else gradient.clone()
-            for name, tensor in self._run.parameters.items()
-            if self._run.owns(name)
+            name: shared[name] if name in shared else None if (gradient := tensor.grad) is None else gradient.clone()
+            for name, tensor in run.parameters.items()
+            if run.answers_for(name)
         }

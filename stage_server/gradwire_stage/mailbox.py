@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Generic, NamedTuple, TypeVar
@@ -39,6 +39,8 @@ OVERHEAD_BYTES = 1024
 # Of one stream, untaken, before it is held back.
 CREDIT_BYTES = 64 * 2**20
 MAXIMUM_STREAMS = 256
+# How much later a lasting message may come, in entries: more than may be open at once.
+_LASTING_ENTRIES = 64
 _STATE = frozenset({pb.DIRECTION_STATE, pb.DIRECTION_MOVED})
 
 
@@ -78,7 +80,8 @@ class Mailbox(Generic[Content]):
 
     `on_drop` gets the reason of every dropped message: "repeated", "late" or "released". bounds: how many messages of a
     source can lie untaken in a training step; where one is missing, the credit alone holds. stream_of: names the stream
-    that a message comes on. bell: where the compute thread waits.
+    that a message comes on. bell: where the compute thread waits. lasting: directions whose messages are of use after
+    their entry has finished, and stay until they are taken.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class Mailbox(Generic[Content]):
         bounds: Mapping[Source, int] = MappingProxyType({}),
         stream_of: Callable[[Key], Hashable] = lambda key: (key.direction in FROM_CLIENT, key.source_stage),
         bell: Bell | None = None,
+        lasting: Collection[int] = (),
     ) -> None:
         self._maximum_bytes = maximum_bytes
         self._credit_bytes = credit_bytes
@@ -99,6 +103,7 @@ class Mailbox(Generic[Content]):
         self._bounds = bounds
         self._stream_of = stream_of
         self._bell = bell or PlainBell()
+        self._lasting = frozenset(lasting)
         self._taker = 0  # the thread that waits, or has waited last
         self._room = threading.Condition(threading.Lock())  # for streams that are held back
         self._held = 0
@@ -238,6 +243,12 @@ class Mailbox(Generic[Content]):
             self._training = training
             self._wake_streams()
 
+    def holds(self, key: Key) -> bool:
+        """Whether a message is here to be taken."""
+        self._bell.look()
+        with self._room:
+            return key in self._items
+
     def poll(self, key: Key) -> Content | None:
         """Take a message if it is here; None if not. Raises what the mailbox was closed with."""
         with self._room:
@@ -270,9 +281,9 @@ class Mailbox(Generic[Content]):
         """Forget what belongs to this entry and all before it; more of them is late from now on."""
         with self._room:
             self._finished = entry
-            self._taken = {key for key in self._taken if key.entry > entry}
+            self._taken = {key for key in self._taken if not self._is_over(key)}
             self._untaken = {item: found for item, found in self._untaken.items() if item[0] > entry}
-            for key in [key for key in self._items if key.entry <= entry]:
+            for key in [key for key in self._items if key.entry <= entry and key.direction not in self._lasting]:
                 _, size, inflow = self._items.pop(key)
                 self._give_back(size, inflow)
             self._wake_streams()
@@ -329,11 +340,17 @@ class Mailbox(Generic[Content]):
     def _reason_to_drop(self, key: Key) -> str | None:
         if self._closed is not None:
             return "released"
-        if key.entry <= self._finished:
+        if self._is_over(key):
             return "late"
         if key in self._items or key in self._taken:
             return "repeated"
         return None
+
+    def _is_over(self, key: Key) -> bool:
+        """Whether nobody will ask for a message any more."""
+        if key.direction in self._lasting:
+            return key.entry + _LASTING_ENTRIES <= self._finished
+        return key.entry <= self._finished
 
     def _is_due(self, key: Key) -> bool:
         waiting = self._waiting

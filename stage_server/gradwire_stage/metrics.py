@@ -21,6 +21,8 @@ KINDS = {
     pb.DIRECTION_BACKWARD: "backward",
     pb.DIRECTION_STATE: "state",
     pb.DIRECTION_TIED: "tied",
+    pb.DIRECTION_REDUCE: "reduce",
+    pb.DIRECTION_WEIGHTS: "weights",
     pb.DIRECTION_NORM: "norm",
     pb.DIRECTION_WEIGHT: "weight",
     pb.DIRECTION_RESULT: "result",
@@ -99,6 +101,18 @@ class StageMetrics:
         self.loss = Gauge(
             "gradwire_loss", "Loss of the last training step, at the last stage", ["run", "stage"], registry=registry
         )
+        self.exchanged = Counter(
+            "gradwire_exchange_gradient_bytes_total",
+            "Bytes of the gradients that replicas have agreed on, as they were before any codec",
+            ["run", "stage", "replica"],
+            registry=registry,
+        )
+        self.weights_behind = Gauge(
+            "gradwire_weights_behind_steps",
+            "Updates that the weights lacked when the last training step ended, with parameter servers",
+            ["run", "stage", "replica"],
+            registry=registry,
+        )
         self.mailbox_bytes = Gauge(
             "gradwire_mailbox_bytes", "Bytes of messages that wait to be taken", registry=registry
         )
@@ -162,6 +176,13 @@ class RunMetrics:
 
     def loss(self, value: float) -> None:
         self._set(self._metrics.loss, self._labels[:2], value)
+
+    def exchanged(self, size_bytes: int) -> None:
+        """Count gradients that the exchange between replicas takes in."""
+        self._count(self._metrics.exchanged, self._labels, size_bytes)
+
+    def weights_behind(self, steps: int) -> None:
+        self._set(self._metrics.weights_behind, self._labels, steps)
 
     def parameter_bytes(self, size_bytes: int) -> None:
         self._set(self._metrics.parameter_bytes, (self._run,), size_bytes)

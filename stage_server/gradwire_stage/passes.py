@@ -17,53 +17,14 @@ from gradwire_protocol.v1 import tensors_pb2 as pb
 from gradwire_stage import timeline as phases
 from gradwire_stage.headers import Value
 from gradwire_stage.keys import Key
-from gradwire_stage.optimizer import StateValue
 from gradwire_stage.outbox import Result
 from gradwire_stage.peers import Incoming
 from gradwire_stage.recomputation import Inputs
 from gradwire_stage.routes import Input
 from gradwire_stage.run_state import RunState
 from gradwire_stage.segment import SegmentPass
+from gradwire_stage.taking import take, take_tensor
 from gradwire_stage.timeline import Timeline
-
-_WAITS = {
-    pb.DIRECTION_BATCH: phases.WAIT_BATCH,
-    pb.DIRECTION_FORWARD: phases.WAIT_ACTIVATION,
-    pb.DIRECTION_BACKWARD: phases.WAIT_GRADIENT,
-    pb.DIRECTION_STATE: phases.WAIT_BATCH,
-    pb.DIRECTION_TIED: phases.WAIT_EXCHANGE,
-    pb.DIRECTION_NORM: phases.WAIT_EXCHANGE,
-    pb.DIRECTION_WEIGHT: phases.WAIT_EXCHANGE,
-    pb.DIRECTION_MOVED: phases.WAIT_EXCHANGE,
-}
-
-
-def take(run: RunState, timeline: Timeline[Any], key: Key) -> Incoming:
-    """Take a message, waiting for it if need be; the timeline is in DECODE afterwards."""
-    content = run.mailbox.poll(key)
-    if content is None:
-        timeline.switch(_WAITS[key.direction])
-        content = run.mailbox.take(key)
-    timeline.switch(phases.DECODE)
-    return content
-
-
-def take_tensor(run: RunState, timeline: Timeline[Any], key: Key) -> torch.Tensor | None:
-    """Take a message that carries a tensor, or the statement that there is none."""
-    content = take(run, timeline, key)
-    if isinstance(content, pb.Absent):
-        return None
-    if not isinstance(content, tuple):
-        raise FrameError(f"A message carries a number: {key}", expected="a tensor", got=repr(content))
-    return run.device.claim(content[0])
-
-
-def take_state(run: RunState, timeline: Timeline[Any], key: Key) -> StateValue:
-    """Take a value of the optimizer's state: a tensor, as a copy that may be written to, or a number."""
-    content = take(run, timeline, key)
-    if isinstance(content, pb.Absent):
-        raise FrameError(f"A message carries nothing: {key}", expected="a tensor or a number", got="absent")
-    return run.device.claim(content[0]).clone() if isinstance(content, tuple) else content
 
 
 def put_result(run: RunState, timeline: Timeline[Any], entry: int, result: Result) -> None:
@@ -132,7 +93,12 @@ class Passes:
             if isinstance(value, torch.Tensor) and value.requires_grad:
                 wanted.append(source)
         timeline.switch(phases.FORWARD)
+        replicated = self._run.exchange or self._run.pushes
+        buffers = replicated.buffers if replicated is not None and self._record else None
+        before = {} if buffers is None else buffers.versions()
         made = segment.forward(values, step=self._step, micro_batch=micro_batch, record=self._record, keep=keep)
+        if buffers is not None:
+            buffers.changed(micro_batch, before)
         timeline.switch(phases.ENCODE)
         expected: dict[str, int] = {}
         for output in routes.outputs:
@@ -194,7 +160,10 @@ class Passes:
         self._split.pop((stage, micro_batch)).backward_weight()
 
     def own_weight(self) -> torch.Tensor | None:
-        """Return the total weight of the losses made here, 0-d float64 on the device; None before the last of them."""
+        """Return the total weight of the losses made here, 0-d float64 on the device; None before the last of them.
+
+        0 where this replica has no micro-batch.
+        """
         if len(self._losses) < len(self._rows):
             return None
         weights = [
@@ -203,6 +172,8 @@ class Passes:
             else torch.full((), weight, dtype=torch.float64, device=self._run.device.torch_device)
             for _, _, weight in self._losses_in_order()
         ]
+        if not weights:
+            return torch.zeros((), dtype=torch.float64, device=self._run.device.torch_device)
         return torch.stack(weights).sum()
 
     def loss_parts(self) -> list[run_pb2.LossPart]:

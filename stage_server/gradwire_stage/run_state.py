@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +21,8 @@ from gradwire_protocol.checksums import check_available
 from gradwire_protocol.delivery import Delivered
 from gradwire_protocol.errors import FrameError, GradwireError
 from gradwire_protocol.frames import Message
+from gradwire_protocol.gradient_codecs import parse_compression
+from gradwire_protocol.optimizer_state import NEED_WHOLE_PARAMETERS
 from gradwire_protocol.torch_tensors import TORCH_TYPES, dense
 from gradwire_protocol.v1 import graph_pb2, stage_pb2
 from gradwire_protocol.v1 import tensors_pb2 as pb
@@ -32,6 +34,9 @@ from gradwire_stage.checkpoint_writer import CheckpointWriter
 from gradwire_stage.checks import check_bounds, check_memory, check_prepare
 from gradwire_stage.codecs.registry import unpack
 from gradwire_stage.device import Device
+from gradwire_stage.exchange.exchange import ReplicaExchange
+from gradwire_stage.exchange.local_steps import LocalSteps
+from gradwire_stage.exchange.parameter_server import ParameterShard, Pushes
 from gradwire_stage.headers import Value, make_header
 from gradwire_stage.kept_state import KeptState
 from gradwire_stage.keys import FROM_CLIENT, Key
@@ -40,6 +45,7 @@ from gradwire_stage.metrics import StageMetrics
 from gradwire_stage.optimizer import StageOptimizer
 from gradwire_stage.outbox import Outbox, Result
 from gradwire_stage.peers import ABSENT, SEND_BYTES, Incoming, Peers
+from gradwire_stage.places import Places
 from gradwire_stage.routes import routes_of
 from gradwire_stage.segment import BuiltSegment
 from gradwire_stage.shared_memory import SharedMemory
@@ -105,15 +111,7 @@ class RunState:
         self.weights_root = weights_root
         self.loss_form = request.loss_form
         self.recompute = request.recompute
-        pipeline = sorted(
-            (peer for peer in request.peers if peer.replica == own.replica), key=lambda peer: peer.stages[0]
-        )
-        self.server_of_stage = {stage: peer.server for peer in pipeline for stage in peer.stages}
-        # First stage and name of every server of the pipeline, in stage order: the order in which sums are made.
-        self.servers = tuple((peer.stages[0], peer.server) for peer in pipeline)
-        self.other_servers = tuple(name for _, name in self.servers if name != server)
-        self.last_server = self.server_of_stage[request.stages - 1]
-        self.last_stage = request.stages - 1
+        self.places = Places(request, own)
         self.placements = {placement.spec.name: placement for placement in request.tensors}
         self.tensors = {
             name: _make_tensor(placement.spec, device.torch_device, kept) for name, placement in self.placements.items()
@@ -124,7 +122,9 @@ class RunState:
             for name, tensor in self.tensors.items()
             if isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad
         }
-        self.holders = {name: self._holders(placement.holder_stages) for name, placement in self.placements.items()}
+        self.holders = {
+            name: self.places.holders(placement.holder_stages) for name, placement in self.placements.items()
+        }
         self.segments = {
             (segment.graph, segment.stage): BuiltSegment(
                 segment, self.tensors, device.torch_device, request.seed, TORCH_TYPES.get(request.precision), operators
@@ -135,10 +135,24 @@ class RunState:
         self.active_stages: dict[int, list[int]] = {}
         for segment in request.segments:
             self.active_stages.setdefault(segment.graph, []).append(segment.stage)
-        self.routes = routes_of(request, self.server_of_stage)
+        self.routes = routes_of(request, self.places.server_of_stage)
         # The stage that makes the loss, by graph, where it is here.
         self.loss_stage = {segment.graph: segment.stage for segment in request.segments if segment.loss}
-        self.optimizer = StageOptimizer(request.optimizer, self.parameters)
+        # How this server agrees with replicas, if there are any: by one of these at the most.
+        agreement = self._agreement(request)
+        self.exchange = agreement if isinstance(agreement, ReplicaExchange) else None
+        self.local_steps = agreement if isinstance(agreement, LocalSteps) else None
+        self.pushes = agreement if isinstance(agreement, Pushes) else None
+        self.shard = agreement if isinstance(agreement, ParameterShard) else None
+        # What the optimizer of this replica updates: parameters, or slices of them.
+        self.updated = dict(self.parameters)
+        if self.exchange is not None and self.exchange.sharding is not None:
+            for name in self.exchange.sharding.names:
+                del self.updated[name]
+            self.updated |= self.exchange.sharding.slices
+        elif self.pushes is not None:
+            self.updated.clear()
+        self.optimizer = StageOptimizer(request.optimizer, self.updated)
         # Of the generation before, until the first entry has taken it over.
         self.kept = kept
         self.weight_version = 0 if kept is None else kept.weight_version
@@ -154,19 +168,20 @@ class RunState:
         self.metrics = metrics.of_run(self.run, self.stages, self.replica)
         self._dropped = metrics.dropped
         self.checksums = request.checksums
-        self._arrivals = Arrivals(request, self.server_of_stage)
+        self._arrivals = Arrivals(request, self.places)
         self.mailbox: Mailbox[Incoming] = Mailbox(
             mailbox_bytes,
             self._drop,
             credit_bytes=credit_bytes,
             # A client, and peers with a stream for each class of traffic; twice, for some may not be gone yet.
             maximum_streams=4 * len(request.peers) + 4,
+            lasting=frozenset({pb.DIRECTION_WEIGHTS}),
             bounds=self._arrivals.bounds,
             stream_of=self._arrivals.stream,
             bell=bell,
         )
         self.outbox = Outbox(outbox_bytes)
-        self.shared = SharedReceiver(shared_memory, self.other_servers, tensor_bytes)
+        self.shared = SharedReceiver(shared_memory, self.places.everyone_else, tensor_bytes)
         self.peers = Peers(
             run=self.run,
             generation=self.generation,
@@ -185,6 +200,23 @@ class RunState:
         )
         self.metrics.start()
         self.metrics.parameter_bytes(self.state_bytes)
+
+    def _agreement(
+        self, request: stage_pb2.PrepareRequest
+    ) -> ReplicaExchange | LocalSteps | Pushes | ParameterShard | None:
+        """Return what this server agrees with replicas by; None where there is nobody to agree with."""
+        places = self.places
+        if len(places.replica_servers) < 2 and not places.parameter_servers:
+            return None
+        codec = parse_compression(request.compression)
+        if places.is_parameter_server:
+            return ParameterShard(self, request, codec)
+        if places.parameter_servers:
+            return Pushes(request.segments, self, codec, request.staleness)
+        if request.HasField("local_steps"):
+            return LocalSteps(request.segments, self, codec, request.local_steps)
+        whole = request.optimizer.name in NEED_WHOLE_PARAMETERS
+        return ReplicaExchange(request.segments, self, codec, shard=request.shard_optimizer, whole=whole)
 
     def note_frame(self, direction: pb.Direction) -> None:
         """Count a frame that has come: a large message on a slow link is progress, too."""
@@ -237,6 +269,7 @@ class RunState:
             waiting_for="" if wait is None else wait_words(wait, self.progress.entry),
             waiting_seconds=0.0 if wait is None else time.monotonic() - since,
             progress=progress,
+            parameter_server=self.places.is_parameter_server,
             phase=self.progress.phase,
             wait=wait,
             client_progress=client_progress,
@@ -252,14 +285,14 @@ class RunState:
         if waiting is not None:
             key = waiting.key
             from_client = key.direction in FROM_CLIENT
-            owner = "" if from_client else self.server_of_stage[key.source_stage]
+            owner = "" if from_client else self._arrivals.sender(key)
             wait = stage_pb2.Wait(
                 kind=stage_pb2.WAIT_KIND_MESSAGE, message=key.to_proto(), server=owner, stage=key.source_stage
             )
             return wait, waiting.since
         room = self.peers.waiting
         if room is not None:
-            stage = next(stage for stage, server in self.servers if server == room.server)
+            stage = self.places.first_stages[room.server]
             return stage_pb2.Wait(kind=stage_pb2.WAIT_KIND_ROOM, server=room.server, stage=stage), room.since
         since = self.outbox.waiting_since
         if since is not None:
@@ -303,22 +336,51 @@ class RunState:
     def free(self) -> None:
         """Let go of everything that takes memory, and of the run's metrics. After the compute thread's last use."""
         self.kept = None
+        if self.exchange is not None:
+            self.exchange.close()
+        if self.local_steps is not None:
+            self.local_steps.close()
+        for kept in (self.pushes, self.shard):
+            if kept is not None:
+                kept.forget()
         self.segments.clear()
         self.tensors.clear()
         self.parameters.clear()
+        self.updated.clear()
         self.optimizer.close()
         self.metrics.remove()
 
     def owns(self, name: str) -> bool:
-        """Whether this server counts a tensor in the norm, and delivers it to the client."""
+        """Whether this server is the first of its pipeline that holds a tensor."""
         return self.holders[name][0][1] == self.server
 
-    def _holders(self, stages: Sequence[int]) -> tuple[tuple[int, str], ...]:
-        """First holding stage and name of each server that holds a tensor, in stage order."""
-        first: dict[str, int] = {}
-        for stage in stages:
-            first.setdefault(self.server_of_stage[stage], stage)
-        return tuple((stage, server) for server, stage in first.items())
+    @property
+    def reduces(self) -> bool:
+        """Whether a training step here cannot do without REDUCE."""
+        return self.exchange is not None or self.pushes is not None or self.shard is not None
+
+    @property
+    def gathers(self) -> bool:
+        """Whether a training step here ends with GATHER."""
+        shards = self.exchange is not None and self.exchange.sharding is not None
+        return shards or self.pushes is not None or self.shard is not None
+
+    def holds_for_files(self, name: str) -> bool:
+        """Whether this server of its replica is the one that gives a tensor to files: its updater, or first holder."""
+        updater = self.placements[name].parameter_server
+        return updater == self.server if updater else self.owns(name)
+
+    def counts(self, name: str) -> bool:
+        """Whether what this server updates of a tensor is in its part of the norm."""
+        if self.shard is not None:
+            return True
+        sharding = None if self.exchange is None else self.exchange.sharding
+        # Where replicas share the norm, what all of them update counts at one of them.
+        return self.owns(name) and (sharding is None or name in sharding.names or self.places.leads)
+
+    def answers_for(self, name: str) -> bool:
+        """Whether this server gives a tensor to the client and to checkpoints: one of all servers does."""
+        return self.places.leads and self.holds_for_files(name)
 
     def _content(self, message: Message) -> Incoming:
         header = message.header

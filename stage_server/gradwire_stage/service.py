@@ -239,7 +239,7 @@ class StageService(stage_pb2_grpc.StageServiceServicer):
         run = self._run_of(request)
         if run is None:
             return stage_pb2.OfferStreamReply(reason="other-run", explanation=_OTHER_RUN)
-        return self._local_streams.take_over(request, run.other_servers)
+        return self._local_streams.take_over(request, run.places.everyone_else)
 
     def OfferSharedBlock(  # noqa: N802
         self, request: stage_pb2.OfferSharedBlockRequest, context: Any

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import DirectoryPath, Field, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
@@ -18,10 +18,12 @@ _WORKERS = 512
 
 
 class StageSettings(Settings):
-    """Settings of one stage server. Sizes are in bytes; 0 means a share of the device's memory."""
+    """Settings of one stage server, or parameter server. Sizes are in bytes; 0 means a share of the device's memory."""
 
     model_config = SettingsConfigDict(env_prefix="GRADWIRE_STAGE_")
 
+    # What runs may take it for.
+    role: Literal["stage", "parameter"] = "stage"
     listen: str = "127.0.0.1:0"
     advertise: str = ""
     coordinator: str

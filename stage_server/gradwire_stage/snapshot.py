@@ -15,9 +15,10 @@ from gradwire_protocol.v1 import graph_pb2, run_pb2
 from gradwire_protocol.v1 import tensors_pb2 as pb
 from gradwire_stage import timeline as phases
 from gradwire_stage.checkpoint_writer import Copied, CopiedTensor
+from gradwire_stage.exchange.state import SharedState
 from gradwire_stage.keys import Key
-from gradwire_stage.passes import take_tensor
 from gradwire_stage.run_state import RunState
+from gradwire_stage.taking import take_tensor
 from gradwire_stage.timeline import Timeline
 
 
@@ -27,8 +28,21 @@ def save_state(
     entry: run_pb2.Entry,
     on_saved: Callable[[run_pb2.SavedPart], None],
 ) -> None:
-    """Copy what is saved and owned here, and have it written; waits for the write before, if that is not done."""
+    """Copy what is saved and owned here, and have it written; waits for the write before, if that is not done.
+
+    One of the replicas writes; the others give it what they hold of the optimizer's state.
+    """
     save = entry.save_state
+    keys = {
+        name: key
+        for name in run.tensors
+        if (key := save.keys.get(name, name)) and run.holds_for_files(name) and is_saved(run.placements[name].spec)
+    }
+    shared = SharedState(run, timeline, entry.number)
+    if not run.places.leads:
+        run.progress.doing = "giving its part of the optimizer's state"
+        shared.give(keys)
+        return
     if run.checkpoints.writing:
         run.progress.doing = "waiting for the checkpoint before this one to be written"
         timeline.switch(phases.WAIT_EXCHANGE)
@@ -43,13 +57,10 @@ def save_state(
                 raise FrameError(f"Nothing came for {name!r}, which a checkpoint is to have", expected="a tensor")
             copied.model.append(_copy(run, name, received))
     timeline.switch(phases.ENCODE)
-    for name, tensor in run.tensors.items():
-        key = save.keys.get(name, name)
-        if not key or not run.owns(name) or not is_saved(run.placements[name].spec):
-            continue
+    for name, key in keys.items():
         run.check()
-        copied.model.append(_copy(run, key, tensor))
-        for state, value in run.optimizer.state_of(name).items():
+        copied.model.append(_copy(run, key, run.tensors[name]))
+        for state, value in shared.of(name).items():
             if isinstance(value, torch.Tensor):
                 copied.optimizer.append(_copy(run, f"{key}/{state}", value))
             else:

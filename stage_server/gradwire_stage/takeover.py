@@ -20,8 +20,8 @@ from gradwire_stage import timeline as phases
 from gradwire_stage.kept_state import KeptState
 from gradwire_stage.keys import Key
 from gradwire_stage.optimizer import StateValue
-from gradwire_stage.passes import take_state, take_tensor
 from gradwire_stage.run_state import RunState
+from gradwire_stage.taking import take_state, take_tensor
 from gradwire_stage.timeline import Timeline
 
 
@@ -37,7 +37,7 @@ def take_over(run: RunState, timeline: Timeline[Any], entry: int, new_plan: run_
             "Tensors come from nowhere", expected="a move for each that was not here", got=", ".join(missing[:5])
         )
     states = {name: kept.states[name] for name in run.parameters if name in kept.states}
-    first_stage = {server: stage for stage, server in run.servers}
+    first_stage = {server: stage for stage, server in run.places.servers}
     for move in new_plan.moves:
         run.check()
         if move.from_server == run.server:
@@ -60,7 +60,7 @@ def _send(run: RunState, timeline: Timeline[Any], entry: int, move: run_pb2.Move
     timeline.switch(phases.ENCODE)
     tensor = kept.tensors.get(move.tensor)
     state = kept.states.get(move.tensor, {})
-    if tensor is None or move.to_server not in run.other_servers or set(move.states) != state.keys():
+    if tensor is None or move.to_server not in run.places.other_servers or set(move.states) != state.keys():
         raise FrameError(
             f"{move.tensor!r} cannot be moved",
             expected="a tensor that was here, with all of the optimizer's values for it, to another server",

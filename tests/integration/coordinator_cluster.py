@@ -71,13 +71,14 @@ class StageServer(stage_pb2_grpc.StageServiceServicer):
         if prepared is None:
             raise StaleGeneration(f"{self.name} holds no run")
         with_loss = any(segment.loss for segment in prepared.segments)
+        replica = next(peer.replica for peer in prepared.peers if peer.server == self.name)
         for request in requests:
             self.programs.append((request.entry.number, format_program(program_from_proto(request.program))))
             self.go.wait()
             time.sleep(self.delay_seconds)
             if self.failure is not None and request.entry.number == self.fails_at:
                 raise self.failure
-            yield stage_pb2.ExecuteReply(report=_report(request.entry, with_loss))
+            yield stage_pb2.ExecuteReply(report=_report(request.entry, with_loss, replica))
 
     def Release(self, request: stage_pb2.ReleaseRequest, context: Any) -> stage_pb2.ReleaseReply:
         self.prepared = None
@@ -93,7 +94,7 @@ class StageServer(stage_pb2_grpc.StageServiceServicer):
         self._server.stop(None).wait()
 
 
-def _report(entry: run_pb2.Entry, with_loss: bool) -> run_pb2.EntryReport:
+def _report(entry: run_pb2.Entry, with_loss: bool, replica: int) -> run_pb2.EntryReport:
     timing = run_pb2.Timing(
         window_seconds=WINDOW_SECONDS, busy_seconds={"forward": 0.4}, idle_seconds={"wait-gradient": 0.1}
     )
@@ -104,7 +105,8 @@ def _report(entry: run_pb2.Entry, with_loss: bool) -> run_pb2.EntryReport:
         parts = entry.train_step.micro_batches or entry.evaluate.micro_batches
         # Deliberately out of order.
         for part in reversed(parts):
-            report.losses.add(micro_batch=part.index, sum=float(part.index + 1) * part.rows, weight=part.rows)
+            if part.replica == replica:
+                report.losses.add(micro_batch=part.index, sum=float(part.index + 1) * part.rows, weight=part.rows)
     return report
 
 
@@ -204,9 +206,10 @@ class Driver:
         self._queue.put(None)
 
 
-def split(rows: tuple[int, ...]) -> list[run_pb2.MicroBatch]:
+def split(rows: tuple[int, ...], replicas: int = 1) -> list[run_pb2.MicroBatch]:
     return [
-        run_pb2.MicroBatch(index=index, first_row=sum(rows[:index]), rows=count) for index, count in enumerate(rows)
+        run_pb2.MicroBatch(index=index, replica=index % replicas, first_row=sum(rows[:index]), rows=count)
+        for index, count in enumerate(rows)
     ]
 
 

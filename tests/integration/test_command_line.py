@@ -177,7 +177,7 @@ def test_up_serves_train_and_status_until_ctrl_c(commands: Commands, data: Path)
 
     code, out, err = commands.run("train", *arguments, "--stages", "3")
     assert code == 2
-    assert "fewer stage servers than stages" in err
+    assert "fewer stage servers than the plan takes" in err
 
     # Under autocast, with recomputation, and checked.
     flags = ["--precision", "bf16", "--recompute", "--json", "--coordinator", address, "--data", str(data)]
@@ -282,4 +282,17 @@ def test_a_busy_port_is_told(commands: Commands) -> None:
         code, _, err = commands.run("up", "--listen", address)
     assert code == 2
     assert f"Cannot listen on {address}" in err
+    commands.assert_none_left()
+
+
+def test_train_with_replicas_takes_servers_for_all_of_them(commands: Commands, data: Path) -> None:
+    arguments = ["--json", "--no-check", "--data", str(data), "--out", "run", *FLAGS]
+    code, out, err = commands.run("train", "--stages", "1", "--replicas", "2", "--compression", "int8", *arguments)
+    assert code == 0, err
+    assert len(out.splitlines()) == 6
+    run = commands.directory / "run"
+    assert {path.name for path in (run / "logs").iterdir()} == {"coordinator.log", "stage-0.log", "stage-1.log"}
+    plan = json.loads((run / "plan.json").read_text())
+    assert (plan["replica_shares"], plan["compression"]) == ([0.5, 0.5], "int8")
+    assert [server["replica"] for server in json.loads((run / "report.json").read_text())["servers"]] == [0, 1]
     commands.assert_none_left()

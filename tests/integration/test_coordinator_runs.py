@@ -216,7 +216,12 @@ def test_more_stages_than_the_model_can_be_cut_into(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "kind"),
     [
+        ({"replicas": 0}, PlanError),
         ({"replicas": 2}, PlanError),
+        ({"stages": 1, "replicas": 5}, PlanError),
+        ({"stages": 512, "replicas": 3}, PlanError),
+        ({"exchange": "gossip"}, PlanError),
+        ({"compression": "topk(density=2)"}, PlanError),
         ({"tensor": 2}, PlanError),
         ({"stages": 0}, PlanError),
         ({"micro_batches": 0}, PlanError),
@@ -315,7 +320,7 @@ def test_metrics_show_servers_runs_and_steps(tmp_path: Path) -> None:
         assert f'gradwire_steps_total{{run="{run}"}} 1.0' in text
         assert f'gradwire_loss{{run="{run}"}} 2.5' in text
         assert f'gradwire_step_duration_seconds_count{{run="{run}"}} 1.0' in text
-        assert f'gradwire_bubble_ratio{{run="{run}",stage="1"}} 0.2' in text
+        assert f'gradwire_bubble_ratio{{replica="0",run="{run}",stage="1"}} 0.2' in text
         assert 'gradwire_info{role="coordinator",version="test"} 1.0' in text
 
 

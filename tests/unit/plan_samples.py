@@ -116,3 +116,17 @@ def timeline() -> list[pb.ServerTimeline]:
         )
         for row in rows
     ]
+
+
+def replicated_summary() -> pb.PlanSummary:
+    """The same plan, on two replicas of these servers, whose gradients take 5 ms to exchange."""
+    made = summary()
+    made.micro_batches = 4
+    made.replica_shares[:] = [0.75, 0.25]
+    made.compression = "int8"
+    for server in list(made.prediction.servers):
+        server.reduce_seconds = 0.005
+        other = made.prediction.servers.add()
+        other.CopyFrom(server)
+        other.server, other.replica = f"{server.server}-of-1", 1
+    return made

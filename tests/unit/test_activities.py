@@ -29,14 +29,16 @@ def wait_for(direction: pb.Direction, stage: int = 1, **key: Any) -> stage_pb2.W
         (pb.DIRECTION_BACKWARD, "backward of micro-batch 7 (gradient of 'h') from stage 1"),
         (pb.DIRECTION_STATE, "tensor 'h' from the client"),
         (pb.DIRECTION_TIED, "gradient of the tied tensor 'h' from stage 1"),
-        (pb.DIRECTION_NORM, "sum of squared gradients from stage 1"),
-        (pb.DIRECTION_WEIGHT, "total weight of the loss from stage 1"),
+        (pb.DIRECTION_NORM, "sum of squared gradients from stage 1 of replica 2"),
+        (pb.DIRECTION_WEIGHT, "weight of the loss from stage 1 of replica 2"),
+        (pb.DIRECTION_REDUCE, "part of the gradients (h) from stage 1 of replica 2"),
         (pb.DIRECTION_MOVED, "tensor 'h' from stage 1"),
         (pb.DIRECTION_RESULT, "'h' from stage 1"),
     ],
 )
 def test_every_message_has_words(direction: pb.Direction, words: str) -> None:
-    assert message_words(pb.MessageKey(micro_batch=7, value="h", direction=direction, source_stage=1)) == words
+    key = pb.MessageKey(micro_batch=7, value="h", direction=direction, source_stage=1, source_replica=2)
+    assert message_words(key) == words
 
 
 @pytest.mark.parametrize(
@@ -50,9 +52,12 @@ def test_every_message_has_words(direction: pb.Direction, words: str) -> None:
         ("2I0", "backward", "running the input gradients of micro-batch 0 (2I0, entry 3)"),
         ("2W0", "backward", "running the weight gradients of micro-batch 0 (2W0, entry 3)"),
         ("2B0", "decode", "decoding (2B0, entry 3)"),
-        ("REDUCE", "update", "adding the gradients of tied parameters (REDUCE, entry 3)"),
+        ("REDUCE", "update", "adding the gradients of replicas and tied parameters (REDUCE, entry 3)"),
         ("NORM", "update", "clipping the gradients (NORM, entry 3)"),
         ("UPDATE", "update", "updating the weights (UPDATE, entry 3)"),
+        ("UPDATE", "encode", "encoding (UPDATE, entry 3)"),
+        ("GATHER", "update", "bringing the weights of replicas together (GATHER, entry 3)"),
+        ("AVERAGE", "update", "averaging the weights of replicas (AVERAGE, entry 3)"),
         ("copying the model's state", "encode", "copying the model's state (entry 3)"),
         ("", "encode", "ending (entry 3)"),
         ("", "wait-step", "idle after entry 3"),
@@ -102,3 +107,11 @@ def test_what_a_server_sends_cannot_make_a_line_endless() -> None:
     assert len(activity_words(activity(action="x" * 10_000, phase="forward"))) < 500
     wait = wait_for(pb.DIRECTION_FORWARD, value="v" * 10_000)
     assert len(activity_words(activity(wait=wait), {"s1": activity(wait=wait)}.get)) < 1000
+
+
+def test_servers_of_several_replicas_are_told_apart() -> None:
+    servers = [(f"s{place}", activity(stages=[place % 2], phase="wait-step"), 0.0) for place in (3, 0, 2, 1)]
+    lines = stage_lines(servers, {f"s{place}": place // 2 for place in range(4)}.get)
+    assert lines["r"] == [
+        f"stage {stage} of replica {replica} is idle after entry 3" for replica in (0, 1) for stage in (0, 1)
+    ]

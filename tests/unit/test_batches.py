@@ -73,3 +73,10 @@ def test_a_loader_must_be_iterable() -> None:
 def test_length_is_known_or_not() -> None:
     assert length_of([1, 2]) == 2
     assert length_of(iter([1, 2])) is None
+
+
+def test_micro_batches_are_dealt_out_to_replicas() -> None:
+    assert [part.replica for part in micro_batches(7, 5, shares=[0.5, 0.5])] == [0, 1, 0, 1, 0]
+    assert [part.replica for part in micro_batches(8, 4, exactly=2, shares=[0.25, 0.75])] == [1, 0, 1, 1]
+    # A last batch with fewer rows than replicas.
+    assert [(part.index, part.replica) for part in micro_batches(1, 8, shares=[1 / 3] * 3)] == [(0, 0)]

@@ -6,6 +6,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from gradwire_coordinator.metrics import KEPT_RUNS, Metrics
+from gradwire_coordinator.server_place import ServerPlace
 from gradwire_protocol.v1 import coordinator_pb2, run_pb2
 
 
@@ -18,12 +19,14 @@ def test_only_the_newest_runs_keep_their_series() -> None:
     registry = CollectorRegistry()
     metrics = Metrics(registry, "1")
     for index in range(KEPT_RUNS + 3):
-        metrics.step_finished(f"run-{index}", 1 + index, {"server": [3]}, result(1.5, 0.5))
+        metrics.step_finished(
+            f"run-{index}", 1 + index, {"server": ServerPlace(stages=[3], replica=1, replicas=2)}, result(1.5, 0.5)
+        )
     text = generate_latest(registry).decode()
     assert 'run="run-0"' not in text
     assert 'run="run-2"' not in text
     assert f'run="run-{KEPT_RUNS + 2}"' in text
-    labels = {"run": "run-3", "stage": "3"}
+    labels = {"run": "run-3", "stage": "3", "replica": "1"}
     assert registry.get_sample_value("gradwire_bubble_ratio", labels) == pytest.approx(0.25)
     assert registry.get_sample_value("gradwire_loss", {"run": "run-3"}) == 1.5
     assert registry.get_sample_value("gradwire_generation", {"run": "run-3"}) == 4

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from graph_text import plan
 
 from gradwire_coordinator.bounds import Flow, untaken_bounds
 from gradwire_coordinator.named_schedules import SCHEDULES
 from gradwire_coordinator.placement import Placement, looped, neighbours, v_shaped
 from gradwire_coordinator.programs import ChosenSchedule, ProgramBook, recomputing_stages
 from gradwire_coordinator.schedules import Programs, gpipe, one_f_one_b
+from gradwire_coordinator.sharing import Sharing
 from gradwire_protocol.errors import FrameError, ModelError, PlanError
 from gradwire_protocol.program import format_program, parse_program, program_from_proto
 from gradwire_protocol.v1 import graph_pb2, run_pb2
@@ -167,3 +169,99 @@ def test_what_cannot_be_run_is_refused() -> None:
         book().of_entry(run_pb2.Entry(predict=run_pb2.Predict(micro_batches=parts(1))))
     with pytest.raises(FrameError, match="no kind"):
         book().of_entry(run_pb2.Entry(number=3))
+
+
+def test_replicas_run_their_own_micro_batches_in_the_same_order() -> None:
+    """Three servers, two replicas of them, five micro-batches of which the second replica has two."""
+    replicated = ProgramBook(
+        ChosenSchedule("gpipe", looped(3)),
+        tied_servers={0, 2},
+        active_stages={TRAIN: {0, 1, 2}, EVALUATE: {0, 2}},
+        replicas=2,
+    )
+    dealt = parts(5)
+    for part in dealt:
+        part.replica = part.index % 2
+    train = run_pb2.Entry(train_step=run_pb2.TrainStep(micro_batches=dealt))
+    alone = texts(book().of_entry(run_pb2.Entry(train_step=run_pb2.TrainStep(micro_batches=parts(2)))))
+    made = texts(replicated.of_entry(train))
+    # As if it were alone, but for the names of its micro-batches, and for REDUCE everywhere.
+    for text, of_one in zip(made[3:], alone, strict=True):
+        renamed = of_one.replace("F1", "F3").replace("B1", "B3").replace("F0", "F1").replace("B0", "B1")
+        assert text == (renamed if "REDUCE" in renamed else renamed.replace("UPDATE", "REDUCE UPDATE"))
+    assert made[1] == "1F0 1F2 1F4 1B0 1B2 1B4 REDUCE UPDATE"
+    small = run_pb2.TrainStep(micro_batches=parts(1), max_gradient_norm=1.0)
+    assert texts(replicated.of_entry(run_pb2.Entry(train_step=small)))[3:] == ["REDUCE NORM UPDATE"] * 3
+    evaluate = run_pb2.Entry(evaluate=run_pb2.Evaluate(micro_batches=dealt[:1]))
+    assert texts(replicated.of_entry(evaluate)) == ["0F0", "", "2F0", "", "", ""]
+    assert texts(replicated.of_entry(run_pb2.Entry(load_state=run_pb2.LoadState()))) == [""] * 6
+
+
+def shared_book(replicas: int, **fields: object) -> ProgramBook:
+    """Of two servers a replica, of which the first holds a tied copy."""
+    return ProgramBook(
+        ChosenSchedule("gpipe", looped(2)),
+        tied_servers={0},
+        active_stages={TRAIN: {0, 1}, EVALUATE: {0, 1}},
+        replicas=replicas,
+        sharing=Sharing.of(plan(2, replicas=replicas, **fields), "AdamW"),
+    )
+
+
+def step(number: int, micro_batches: int, norm: float | None = None) -> run_pb2.Entry:
+    """The micro-batches are dealt to two replicas in turn."""
+    dealt = parts(micro_batches)
+    for part in dealt:
+        part.replica = part.index % 2
+    return run_pb2.Entry(train_step=run_pb2.TrainStep(step=number, micro_batches=dealt, max_gradient_norm=norm))
+
+
+def test_replicas_that_share_the_optimizer_gather_weights_behind_each_update() -> None:
+    made = shared_book(2)
+    expected = ["0F0 0B0", "1F0 1B0", "0F1 0B1", "1F1 1B1"]
+    for number in (1, 2):
+        assert texts(made.of_entry(step(number, 2))) == [f"{own} REDUCE UPDATE GATHER" for own in expected]
+    # A replica without a micro-batch has its part of the weights all the same.
+    assert texts(made.of_entry(step(3, 1, norm=1.0)))[2:] == ["REDUCE NORM UPDATE GATHER"] * 2
+    assert texts(made.of_entry(run_pb2.Entry(evaluate=run_pb2.Evaluate(micro_batches=parts(1))))) == [
+        *("0F0", "1F0", "", "")
+    ]
+
+
+@pytest.mark.parametrize("fields", [{"zero": "off"}, {"compression": "int8"}])
+def test_without_sharing_nothing_is_gathered(fields: dict[str, object]) -> None:
+    made = texts(shared_book(2, **fields).of_entry(step(1, 2)))
+    assert all(text.endswith("REDUCE UPDATE") for text in made)
+
+
+def test_local_steps_average_every_so_many_and_reduce_tied_copies_only() -> None:
+    made = shared_book(2, exchange="local(every=3)")
+    alone = ["0F0 0B0 REDUCE UPDATE", "1F0 1B0 UPDATE", "0F1 0B1 REDUCE UPDATE", "1F1 1B1 UPDATE"]
+    for number in range(1, 10):
+        behind = " AVERAGE" if number % 3 == 0 else ""
+        assert texts(made.of_entry(step(number, 2))) == [own + behind for own in alone]
+    # The norm is a replica's own; who has no micro-batch updates by nothing, and takes part in the average.
+    assert texts(made.of_entry(step(6, 1, norm=1.0))) == [
+        "0F0 0B0 REDUCE NORM UPDATE AVERAGE",
+        "1F0 1B0 NORM UPDATE AVERAGE",
+        "REDUCE NORM UPDATE AVERAGE",
+        "NORM UPDATE AVERAGE",
+    ]
+
+
+def test_one_replica_shares_with_nobody() -> None:
+    for fields in ({"zero": "on"}, {"exchange": "local(every=1)"}):
+        made = shared_book(1, **fields).of_entry(
+            run_pb2.Entry(train_step=run_pb2.TrainStep(step=1, micro_batches=parts(1)))
+        )
+        assert texts(made) == ["0F0 0B0 REDUCE UPDATE", "1F0 1B0 UPDATE"]
+
+
+def test_stages_push_and_pull_where_parameter_servers_update() -> None:
+    made = shared_book(2, exchange="parameter-server(servers=2)")
+    stages = ["0F0 0B0 REDUCE GATHER", "1F0 1B0 REDUCE GATHER", "0F1 0B1 REDUCE GATHER", "1F1 1B1 REDUCE GATHER"]
+    assert texts(made.of_entry(step(1, 2))) == [*stages, *["REDUCE UPDATE GATHER"] * 2]
+    assert texts(made.of_entry(step(2, 2, norm=1.0))) == [*stages, *["REDUCE NORM UPDATE GATHER"] * 2]
+    evaluate = run_pb2.Entry(evaluate=run_pb2.Evaluate(micro_batches=parts(1)))
+    assert texts(made.of_entry(evaluate)) == ["0F0", "1F0", "", "", "", ""]
+    assert len(made.of_entry(run_pb2.Entry(fetch_state=run_pb2.FetchState()))) == 6

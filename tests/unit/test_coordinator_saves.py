@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gradwire_coordinator.saves import RunSaves
+from gradwire_coordinator.saves import RunSaves, Writer
 from gradwire_protocol.checkpoint.directory import partial_path
 from gradwire_protocol.checkpoint.files import TensorFiles
 from gradwire_protocol.checkpoint.manifest import Manifest, SavedOptimizer
@@ -22,13 +22,15 @@ from gradwire_protocol.v1 import run_pb2
 
 DRAFT = Manifest(versions={}, step=7, seed=0, tied={"head": "a"}, optimizer=SavedOptimizer(name="SGD", groups=()))
 
+WRITERS = {place: Writer(place, f"stage {place}") for place in (0, 1)}
+
 
 class Run:
     """What a run does for its checkpoints, with two servers."""
 
     def __init__(self, root: Path | None) -> None:
         self.outcomes: queue.SimpleQueue[run_pb2.SaveOutcome] = queue.SimpleQueue()
-        self.saves = RunSaves(CheckpointRoot(root, "The coordinator"), ["stage 0", "stage 1"], self.done)
+        self.saves = RunSaves(CheckpointRoot(root, "The coordinator"), WRITERS, self.done)
         self.root = root
         self.entry = 0
 
@@ -174,7 +176,7 @@ def test_the_end_of_the_run_waits_for_what_lacks_only_its_manifest(tmp_path: Pat
         assert held.wait(10)
         done(outcome)
 
-    run.saves = RunSaves(CheckpointRoot(tmp_path, "The coordinator"), ["stage 0", "stage 1"], slow)
+    run.saves = RunSaves(CheckpointRoot(tmp_path, "The coordinator"), WRITERS, slow)
     folder = run.begin()
     run.saves.take(0, run.part(0, folder, "a"))
     run.saves.take(1, run.part(1, folder, "b"))
@@ -198,3 +200,9 @@ def test_what_cannot_be_begun_makes_nothing(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="relative"):
         run.saves.begin("../a", DRAFT.model_dump_json())
     assert names(tmp_path) == ["file"]
+
+
+def test_a_server_of_another_replica_has_nothing_to_write(run: Run) -> None:
+    folder = run.begin()
+    with pytest.raises(FrameError, match="not to write"):
+        run.saves.take(2, run.part(2, folder, "c"))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+from gradwire_coordinator.server_place import ServerPlace
 from gradwire_coordinator.stalls import Standing, find_late, find_stall
 from gradwire_protocol.errors import Stalled
 from gradwire_protocol.v1 import run_pb2, stage_pb2
@@ -63,7 +65,7 @@ def standing(
     }
     return Standing(
         position=stage,
-        stages=stages or [stage],
+        place=ServerPlace(stages=stages or [stage]),
         server=f"s{stage}",
         address=f"10.0.0.{stage}:7000",
         activity=activity,
@@ -240,3 +242,19 @@ def test_a_step_has_a_limit_of_its_own() -> None:
     assert "stage 0 is running the forward of micro-batch 0" in error.got
     # Taking weights has no such limit.
     assert find_late((run_pb2.Entry(number=1, load_state=run_pb2.LoadState()), 50.0), servers, 5.0) is None
+
+
+def test_servers_of_several_replicas_are_named_with_theirs() -> None:
+    def placed(standing: Standing, replica: int) -> Standing:
+        place = ServerPlace(stages=standing.place.stages, replica=replica, replicas=2)
+        return dataclasses.replace(standing, place=place)
+
+    first, second = placed(waiting(0, backward_from(1)), 1), placed(waiting(1, forward_from(0)), 1)
+    circle = find(first, second)
+    assert circle is not None
+    assert circle.message.startswith(
+        "Stage 0 of replica 1 and stage 1 of replica 1 have waited for each other for 61.0 s"
+    )
+    slow = find(placed(computing(0, still_seconds=80.0), 0), second)
+    assert slow is not None
+    assert slow.message.startswith("Stage 0 of replica 0 (server s0 at 10.0.0.0:7000)")

@@ -24,7 +24,7 @@ def report(entry: int, *losses: tuple[int, float, float], **fields: object) -> r
 
 
 def test_seconds_run_from_the_first_servers_start_to_the_last_ones_end() -> None:
-    window = Window(["a", "b"], loss_from=1)
+    window = Window(["a", "b"], loss_from={1: 0})
     window.add(step(1), 10.0)
     window.add(step(2), 11.0)
     assert window.report(0, report(1), 14.0) is None
@@ -39,7 +39,7 @@ def test_seconds_run_from_the_first_servers_start_to_the_last_ones_end() -> None
 
 
 def test_losses_come_from_the_server_of_the_last_stage() -> None:
-    window = Window(["a", "b"], loss_from=0)
+    window = Window(["a", "b"], loss_from={0: 0})
     window.add(step(1), 0.0)
     window.add(step(2), 0.0)
     assert window.report(0, report(1, (0, 2.0, 1.0)), 1.0) is None
@@ -51,7 +51,7 @@ def test_losses_come_from_the_server_of_the_last_stage() -> None:
 
 
 def test_the_loss_is_summed_in_micro_batch_order_and_divided_once() -> None:
-    window = Window(["a"], loss_from=0)
+    window = Window(["a"], loss_from={0: 0})
     window.add(step(1, 3), 0.0)
     parts = [(2, -1e16, 1.0), (0, 1.0, 2.0), (1, 1e16, 1.0)]  # the order of the sum shows in its rounding
     finished = window.report(0, report(1, *parts, gradient_norm=3.5, weight_version=9), 1.0)
@@ -62,7 +62,7 @@ def test_the_loss_is_summed_in_micro_batch_order_and_divided_once() -> None:
 
 
 def test_a_batch_that_is_masked_out_has_no_loss() -> None:
-    window = Window(["a"], loss_from=0)
+    window = Window(["a"], loss_from={0: 0})
     window.add(step(1), 0.0)
     finished = window.report(0, report(1, (0, 0.0, 0.0)), 1.0)
     assert finished is not None
@@ -70,7 +70,7 @@ def test_a_batch_that_is_masked_out_has_no_loss() -> None:
 
 
 def test_owed_entries() -> None:
-    window = Window(["a", "b"], loss_from=1)
+    window = Window(["a", "b"], loss_from={1: 0})
     assert window.owed_by(0) is None
     window.add(step(1), 0.0)
     window.add(step(2), 0.0)
@@ -90,7 +90,7 @@ def test_owed_entries() -> None:
     ],
 )
 def test_reports_that_are_not_owed_are_refused(stage: int, bad: run_pb2.EntryReport, part: str) -> None:
-    window = Window(["a", "b"], loss_from=1)
+    window = Window(["a", "b"], loss_from={1: 0})
     window.add(step(1), 0.0)
     with pytest.raises(FrameError, match=part):
         window.report(stage, bad, 1.0)
@@ -98,11 +98,11 @@ def test_reports_that_are_not_owed_are_refused(stage: int, bad: run_pb2.EntryRep
 
 def test_a_report_of_nothing_is_refused() -> None:
     with pytest.raises(FrameError, match="not sent"):
-        Window(["a"], loss_from=0).report(0, report(1), 1.0)
+        Window(["a"], loss_from={0: 0}).report(0, report(1), 1.0)
 
 
 def test_the_oldest_entry_counts_from_when_it_became_the_oldest() -> None:
-    window = Window(["a", "b"], loss_from=1)
+    window = Window(["a", "b"], loss_from={1: 0})
     assert window.oldest(5.0) is None
     assert window.owed_seconds(0, 5.0) == 0.0
     window.add(step(1), 10.0)
@@ -112,3 +112,20 @@ def test_the_oldest_entry_counts_from_when_it_became_the_oldest() -> None:
     assert (window.owed_seconds(0, 16.0), window.owed_seconds(1, 16.0)) == (5.0, 6.0)
     window.report(1, report(1, (0, 1.0, 1.0)), 17.0)
     assert window.oldest(18.0) == (step(2), 1.0)
+
+
+def test_each_replicas_last_server_reports_the_losses_of_its_own_micro_batches() -> None:
+    window = Window(["a", "b"], loss_from={0: 0, 1: 1})
+    entry = step(1, 3)
+    entry.train_step.micro_batches[1].replica = 1
+    window.add(entry, 0.0)
+    window.add(step(2), 0.0)
+    assert window.report(1, report(1, (1, 1e16, 1.0)), 1.0) is None
+    finished = window.report(0, report(1, (2, -1e16, 1.0), (0, 1.0, 2.0)), 2.0)
+    assert finished is not None
+    # In micro-batch order over all replicas, which shows in the rounding.
+    assert finished[1].loss == ((1.0 + 1e16) - 1e16) / 4.0
+    # The second replica has no micro-batch of this step.
+    with pytest.raises(FrameError, match="wrong losses"):
+        window.report(1, report(2, (0, 1.0, 1.0)), 3.0)
+    assert window.report(1, report(2), 3.0) is None

@@ -78,5 +78,20 @@ def test_updates_take_time_as_memory_does() -> None:
     assert OptimizerCosts(optimizer("Adam")).update_seconds([tensor("a")], faster) == pytest.approx(adam / 2)
 
 
+def test_replicas_that_share_state_hold_and_update_a_part_each() -> None:
+    whole, part = OptimizerCosts(optimizer("Adam")), OptimizerCosts(optimizer("Adam"), sharers=3)
+    alone, shared = whole.held([tensor("a")]), part.held([tensor("a")])
+    assert (shared.weights, shared.gradients) == (alone.weights, alone.gradients)
+    # Rounded up, parameter by parameter: who gets the rest is not said.
+    assert shared.optimizer == -(-alone.optimizer // 3) == 43
+    assert part.held([tensor("a"), tensor("b")]).optimizer == 2 * 43
+    assert part.update_seconds([tensor("a")], RATES) == pytest.approx(whole.update_seconds([tensor("a")], RATES) / 3)
+
+
+def test_what_no_optimizer_has_is_not_shared_either() -> None:
+    held = OptimizerCosts(optimizer("SGD"), sharers=2).held([tensor("a"), tensor("c"), tensor("mean", "buffer")])
+    assert held == StateBytes(3 * BYTES, 2 * BYTES, 0)
+
+
 def test_an_optimizer_that_is_not_known_keeps_the_most() -> None:
     assert OptimizerCosts(optimizer("Sophia")).held([tensor("a")]).optimizer == 3 * BYTES

@@ -22,6 +22,9 @@ def test_defaults_are_the_documented_ones() -> None:
         "microbatches": 8,
         "schedule": "auto",
         "exchange": "ring",
+        "every": None,
+        "parameter_servers": None,
+        "staleness": None,
         "compression": "none",
         "activation_compression": "none",
         "zero": "auto",
@@ -78,11 +81,10 @@ def test_a_wrong_value_is_named_with_what_was_expected(field: str, value: Any) -
 @pytest.mark.parametrize(
     ("field", "value", "supported"),
     [
-        ("replicas", 2, "1"),
         ("tensor", 2, "1"),
         ("schedule", "zb-2p", "'zb-h1' or 'zb-v'"),
-        ("exchange", "parameter-server", "'ring'"),
-        ("compression", "topk(density=0.01)", "'none'"),
+        ("compression", "fp8", '"int8"'),
+        ("compression", 8, "'int8'"),
         ("activation_compression", "topk", "'int8' or 'auto'"),
         ("activation_compression", None, "'int8' or 'auto'"),
         ("transport", "nccl", "'grpc'"),
@@ -95,6 +97,46 @@ def test_what_is_not_carried_out_yet_says_what_is(field: str, value: Any, suppor
     assert field in caught.value.message
     assert supported in caught.value.expected
     assert caught.value.remedy
+
+
+def test_replicas_share_the_micro_batches() -> None:
+    made = Plan(stages=2, replicas=3, microbatches=3, compression=" topk( density = 0.05 )")
+    assert made.compression == "topk(density=0.05)"
+    message = made.to_proto(rows=6, cut_before=lambda name: 0)
+    assert (message.replicas, message.exchange, message.compression) == (3, "ring", "topk(density=0.05)")
+    with pytest.raises(PlanError, match="fewer micro-batches than replicas"):
+        Plan(replicas=3, microbatches=2)
+
+
+def test_local_steps_may_be_told_by_their_number() -> None:
+    assert Plan(exchange=" local( momentum = 0.5 )").exchange == "local(every=50, learning_rate=0.7, momentum=0.5)"
+    made = Plan(replicas=2, exchange="local", every=8, zero="off")
+    assert made.exchange == "local(every=8, learning_rate=0.7, momentum=0.9)"
+    message = made.to_proto(rows=8, cut_before=no_modules)
+    assert (message.exchange, message.zero) == (made.exchange, "off")
+    # What a plan has become is a plan again, also with another number.
+    assert dataclasses.replace(made) == made
+    assert dataclasses.replace(made, every=3).exchange == "local(every=3, learning_rate=0.7, momentum=0.9)"
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"exchange": "gossip"}, "exchange"),
+        ({"exchange": 1}, "exchange is not valid"),
+        ({"exchange": "local(every=0)"}, "settings"),
+        ({"exchange": "local", "every": 0}, "every is not valid"),
+        ({"exchange": "local", "every": True}, "every is not valid"),
+        ({"exchange": "ring", "every": 8}, "every is of no use to this exchange"),
+        ({"zero": "none"}, "zero='none' cannot be carried out"),
+        ({"zero": True}, "zero=True cannot be carried out"),
+    ],
+)
+def test_how_replicas_agree_is_checked(fields: dict[str, Any], problem: str) -> None:
+    with pytest.raises(PlanError, match=problem) as caught:
+        Plan(replicas=2, **fields)
+    assert caught.value.expected
+    assert caught.value.got
 
 
 def test_the_number_of_cuts_must_fit_the_stages() -> None:
@@ -192,3 +234,20 @@ def test_checksums_need_their_library(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not Plan().to_proto(rows=8, cut_before=no_modules).checksums
     with pytest.raises(SettingsError, match=r"cannot make checksums.*gradwire\[checksums\]"):
         Plan(checksums=True).to_proto(rows=8, cut_before=no_modules)
+
+
+def test_parameter_servers_are_written_in_fields_or_in_the_text() -> None:
+    fields = Plan(exchange="parameter-server", parameter_servers=2, staleness=3)
+    assert fields.exchange == "parameter-server(servers=2, staleness=3)"
+    assert fields.window == 4  # so far ahead a replica may be
+    assert Plan(exchange=fields.exchange).exchange == fields.exchange
+    assert Plan(exchange="parameter-server", window=5).window == 5
+    for wrong in ({"staleness": 1}, {"exchange": "local", "parameter_servers": 1}, {"exchange": "ring", "every": 3}):
+        with pytest.raises(PlanError, match="of no use to this exchange"):
+            Plan(**wrong)
+    with pytest.raises(PlanError, match="staleness is not valid"):
+        Plan(exchange="parameter-server", staleness=-1)
+
+
+def test_a_compression_may_be_left_open() -> None:
+    assert Plan(replicas=2, compression="auto").compression == "auto"

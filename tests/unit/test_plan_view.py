@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 import pytest
-from plan_samples import summary, timeline
+from plan_samples import replicated_summary, summary, timeline
 from rich.console import Console
 
 from gradwire.cli.plan_view import picture_titles, plan_lines, plan_view
@@ -14,11 +14,11 @@ from gradwire.run_plan import RunPlan
 PLAN = RunPlan.from_proto(summary(), timeline())
 
 
-def shown(width: int, *, colours: bool = False) -> list[str]:
+def shown(width: int, *, colours: bool = False, plan: RunPlan = PLAN) -> list[str]:
     console = Console(
         file=io.StringIO(), width=width, force_terminal=colours, color_system="truecolor" if colours else None
     )
-    for part in plan_view(PLAN, "a model", console):
+    for part in plan_view(plan, "a model", console):
         console.print(part)
     return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
 
@@ -95,3 +95,15 @@ def test_pictures_have_a_title() -> None:
         "a model: 2 servers, 2 micro-batches, schedule auto",
         "expected: 180 ms a step, bubble 30.0%",
     )
+
+
+def test_replicas_have_their_own_servers_and_an_exchange() -> None:
+    plan = RunPlan.from_proto(replicated_summary(), timeline())
+    lines = shown(160, plan=plan)
+    assert lines[0] == "a model: 2 replicas of 2 servers, 4 micro-batches, schedule auto"
+    head = next(line for line in lines if line.split()[:1] == ["replica"])
+    assert head.split()[:5] == ["replica", "reduce", "(ms)", "server", "name"]
+    rows = [line.split()[:4] for line in lines if "stage-0" in line]
+    assert rows == [["0", "5.00", "0", "stage-0"], ["1", "5.00", "0", "stage-0-of-1"]]
+    assert any(line.startswith("replicas: 2, which take 75.0%, 25.0%") for line in plan_lines(plan))
+    assert not any(line.startswith("replicas") for line in plan_lines(PLAN))

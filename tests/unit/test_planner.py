@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from gradwire_protocol.v1 import coordinator_pb2 as pb
 from gradwire_protocol.v1 import run_pb2, tensors_pb2
 
 NODES = 12
+_SECONDS = ("forward", "input_gradient", "weight_gradient")
 LINK = LinkRate(forward=1e6, backward=2e6, round_trip_seconds=2e-3)
 RATES = Rates(flops_per_second=1e9, bytes_per_second=1e9)
 
@@ -259,3 +261,120 @@ def test_links_are_measured_where_they_matter(
     assert [f"{first[-1]}{second[-1]}" for first, second in book.links] == expected
     assert measured.links == {(int(pair[0]), int(pair[1])): LINK for pair in expected}
     assert [costs.source for costs in measured.costs] == [ESTIMATED] * len(makes)
+
+
+def replicated(replicas: int, known_servers: Servers, **changes: Any) -> tuple[PlannedRun, pb.PlanSummary]:
+    asked = request(2, replicas=replicas, schedule="1f1b", **changes)
+    made = plan_run(asked, check_model(asked.model), servers(2 * replicas), known_servers)
+    return made, summarise(asked.plan, made)
+
+
+def test_like_replicas_are_planned_as_one_pipeline_with_its_part_of_the_micro_batches() -> None:
+    """Four micro-batches over two replicas, as one pipeline with two of as many rows, and an exchange behind it."""
+    made, summary = replicated(2, known(4))
+    alone, _ = planned(2, schedule="1f1b", micro_batches=2, expected_rows=4)
+    assert made.cut.way.cuts == alone.cut.way.cuts
+    assert made.micro_batches == 2
+    assert list(summary.replica_shares) == [0.5, 0.5]
+    assert summary.micro_batches == 4
+    assert summary.compression == "none"
+    assert [(each.server, each.replica) for each in summary.prediction.servers] == [
+        ("stage-0", 0),
+        ("stage-1", 0),
+        ("stage-2", 1),
+        ("stage-3", 1),
+    ]
+    reduce = [each.reduce_seconds for each in summary.prediction.servers]
+    # Two turns, each of half of the server's gradients and a delay.
+    expected = [
+        each.gradient_bytes / ASSUMED_LINK.forward + ASSUMED_LINK.round_trip_seconds
+        for each in summary.prediction.servers
+    ]
+    assert reduce == pytest.approx(expected)
+    assert reduce[:2] == reduce[2:]
+    assert alone.prediction.seconds < summary.prediction.seconds <= alone.prediction.seconds + 2 * max(reduce)
+    kinds = [[action_from_proto(item.action).kind for item in row.actions] for row in made.timeline]
+    assert all(row[-2:] == ["REDUCE", "UPDATE"] for row in kinds)
+    (chosen,) = [item for item in summary.prediction.candidates if item.chosen]
+    exchanged = sum(each.gradient_bytes for each in summary.prediction.servers)
+    stages = sum(stage.boundary_bytes + stage.returned_bytes for stage in summary.stages)
+    assert chosen.traffic_bytes == 2 * stages + exchanged
+
+
+def test_compression_shortens_the_exchange() -> None:
+    _, plain = replicated(2, known(4))
+    _, halved = replicated(2, known(4), compression="bf16")
+    assert halved.compression == "bf16"
+    saved = [
+        before.reduce_seconds - after.reduce_seconds
+        for before, after in zip(plain.prediction.servers, halved.prediction.servers, strict=True)
+    ]
+    sizes = [each.gradient_bytes / 2 / ASSUMED_LINK.forward for each in plain.prediction.servers]
+    assert saved == pytest.approx(sizes)
+
+
+def test_unlike_servers_make_like_replicas_and_a_faster_one_takes_more() -> None:
+    fast = known(4).costs[0]
+    slow = dataclasses.replace(fast, **dict.fromkeys(_SECONDS, fast.forward * 3))
+    mixed = dataclasses.replace(known(4), costs=[slow, fast, slow, fast])
+    made, summary = replicated(2, mixed)
+    # A fast and a slow one each, at the same positions.
+    are_slow = [server.server in ("stage-0", "stage-2") for server in made.servers]
+    assert are_slow[:2] == are_slow[2:]
+    assert sorted(are_slow[:2]) == [False, True]
+    assert list(summary.replica_shares) == [0.5, 0.5]
+    # With cuts they stay in their order, and the first replica has both fast ones.
+    made, summary = replicated(2, dataclasses.replace(known(4), costs=[fast, fast, slow, slow]), cuts=[6])
+    assert [server.server for server in made.servers] == ["stage-0", "stage-1", "stage-2", "stage-3"]
+    assert list(summary.replica_shares) == pytest.approx([0.75, 0.25])
+
+
+def test_a_faster_replica_takes_no_more_than_it_has_memory_for() -> None:
+    fast = known(4).costs[0]
+    slow = dataclasses.replace(fast, **dict.fromkeys(_SECONDS, fast.forward * 3))
+    asked = request(2, replicas=2, schedule="gpipe", cuts=[6])
+
+    def shares(memory: int) -> list[float]:
+        of = dataclasses.replace(known(4, memory=memory), costs=[fast, fast, slow, slow])
+        return list(plan_run(asked, check_model(asked.model), servers(4), of).shares)
+
+    of_two = plan_run(asked, check_model(asked.model), servers(4), known(4)).prediction.servers
+    held = max(
+        each.weight_bytes + each.gradient_bytes + each.optimizer_bytes + each.activation_bytes for each in of_two
+    )
+    # GPipe holds all micro-batches of a step: here there is room for two of them, but not for three.
+    assert shares(held) == [0.5, 0.5]
+    assert shares(2 * held) == pytest.approx([0.75, 0.25])
+
+
+def test_links_of_all_replicas_and_between_them_are_measured() -> None:
+    measured: list[tuple[str, str]] = []
+
+    class Links(LinkBook):
+        def rates(self, links: Sequence[tuple[str, str]]) -> list[LinkRate | GradwireError]:
+            measured.extend(links)
+            return [LINK] * len(links)
+
+    def refuse(address: str) -> Any:
+        raise AssertionError(address)
+
+    asked = request(2, replicas=2, activation_compression=["auto"])
+    Planner(Links(refuse), CostBook(refuse, seconds=0)).measure(asked.plan, check_model(asked.model), servers(4))
+    ports = {frozenset(int(address.rpartition(":")[2]) - 9000 for address in link) for link in measured}
+    assert ports == {frozenset(pair) for pair in ((0, 1), (2, 3), (0, 2), (1, 3))}
+
+
+@pytest.mark.parametrize(("stages", "threads", "asks"), [(1, 1, False), (1, 2, True), (2, 1, True)])
+def test_nodes_are_profiled_where_cuts_or_shares_hang_on_it(stages: int, threads: int, asks: bool) -> None:
+    """Two replicas; the last server may have more threads than the others."""
+    asked_of: list[str] = []
+
+    def refuse(address: str) -> Any:
+        asked_of.append(address)
+        raise Unreachable(f"{address} does not answer")
+
+    asked = request(stages, replicas=2, expected_rows=2**24)
+    free = servers(2 * stages)
+    free[-1].device.threads = threads
+    CostBook(refuse).of(check_model(asked.model), asked.plan, free)
+    assert bool(asked_of) == asks

@@ -7,7 +7,7 @@ import json
 from concurrent.futures import Future
 
 import pytest
-from plan_samples import MIB, summary, timeline
+from plan_samples import MIB, replicated_summary, summary, timeline
 
 from gradwire.measured_steps import MOST_STEPS, MeasuredStep, MeasuredSteps
 from gradwire.report import Report, make_report
@@ -152,3 +152,29 @@ def test_the_first_step_of_a_layout_does_not_count() -> None:
     kept = steps.last(2 * MOST_STEPS)
     assert len(kept) == MOST_STEPS
     assert kept[-1].step == 7 + MOST_STEPS
+
+
+def test_servers_of_replicas_are_told_apart_and_their_shares_counted() -> None:
+    plan = RunPlan.from_proto(replicated_summary(), timeline())
+    half = timing({"forward": 0.02, "backward": 0.04}, {"wait-exchange": 0.05})
+    of_all = result()
+    for name in SERVERS:
+        of_all.timings[f"{name}-of-1"].CopyFrom(half)
+    names = [server.server for server in plan.servers]
+    made = make_report(plan, [MeasuredStep.of(2, 8, of_all)], names, rows=8)
+    assert [(server.replica, server.position) for server in made.servers] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert made.servers[2].name == "server 0 (stage 0) of replica 1"
+    # Three micro-batches of the first replica, one of the second.
+    assert [server.forward.predicted for server in made.servers] == pytest.approx([0.06, 0.06, 0.02, 0.02])
+    assert not any("replan" in finding for finding in made.findings)
+    table = [line.split() for line in str(made).splitlines()]
+    assert table[1][:3] == ["server", "replica", "stages"]
+    assert [row[:3] for row in table[2:6]] == [
+        [name, str(place // 2), str(place % 2)] for place, name in enumerate(names)
+    ]
+    (finding,) = [text for text in made.findings if "end of a step" in text]
+    # 100 of 536 ms; the plan has a codec already.
+    assert finding.startswith("servers wait 19% of the time for what others send at the end of a step")
+    assert "compression" not in finding
+    plain = make_report(dataclasses.replace(plan, compression="none"), [MeasuredStep.of(2, 8, of_all)], names, rows=8)
+    assert any('compression="int8"' in text for text in plain.findings)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 
-from plan_samples import MIB, summary, timeline
+import pytest
+from plan_samples import MIB, replicated_summary, summary, timeline
 
-from gradwire.run_plan import RunPlan
+from gradwire.run_plan import RunPlan, replica_lines
 from gradwire.timeline_drawing import TimedAction
 from gradwire_protocol.program import Action
 from gradwire_protocol.v1 import coordinator_pb2 as pb
@@ -56,4 +57,46 @@ def test_a_plan_without_predictions_is_one_too() -> None:
     """A coordinator's status may have it of a run that an older one made."""
     plan = RunPlan.from_proto(pb.PlanSummary(schedule="1f1b", extra_warm_up=1, stages=[pb.StageSummary(stage=0)]))
     assert plan.name == "1f1b+1"
-    assert str(plan).startswith("1f1b+1, 1 stages on 1 servers")
+    assert str(plan).startswith("1f1b+1, 1 stage on 1 server")
+
+
+def test_replicas_are_copies_of_the_pipeline() -> None:
+    assert (PLAN.replicas, PLAN.replica_shares, PLAN.compression, PLAN.servers_each) == (1, (1.0,), "none", 2)
+    made = RunPlan.from_proto(replicated_summary(), timeline())
+    assert (made.replicas, made.servers_each, made.virtual_stages) == (2, 2, 1)
+    assert [(server.replica, server.position) for server in made.servers] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [stage.server for stage in made.stages] == [0, 1]
+    assert [made.micro_batches_of(replica, 4) for replica in (0, 1)] == [3, 1]
+    text = str(made).splitlines()
+    assert text[0].startswith("auto, 2 replicas of 2 stages on 2 servers, 4 micro-batches")
+    assert text[-2] == (
+        "  replicas: 2, which take 75.0%, 25.0% of the micro-batches; they exchange gradients in a ring, compression "
+        "int8, in 5.00 ms a step at most"
+    )
+    assert json.loads(json.dumps(made.to_record()))["replica_shares"] == [0.75, 0.25]
+
+
+def test_of_one_replica_there_is_nothing_to_tell() -> None:
+    assert list(replica_lines(PLAN)) == []
+
+
+@pytest.mark.parametrize(("every", "words"), [(50, "every 50 steps"), (1, "every 1 step")])
+def test_local_steps_have_words(every: int, words: str) -> None:
+    made = replicated_summary()
+    made.exchange = f"local(every={every}, learning_rate=0.7, momentum=0.9)"
+    made.zero_reason = "replicas that train alone need the whole of it each"
+    plan = RunPlan.from_proto(made)
+    assert list(replica_lines(plan)) == [
+        f"replicas: 2, which take 75.0%, 25.0% of the micro-batches; they train alone, and agree {words}, compression "
+        "int8, in 5.00 ms a step on average",
+        "each has the whole of the optimizer's state: replicas that train alone need the whole of it each",
+    ]
+    assert plan.to_record()["exchange"] == made.exchange
+
+
+def test_who_has_the_optimizers_state_is_told_with_the_reason() -> None:
+    made = replicated_summary()
+    made.shards_optimizer, made.zero_reason = True, "it costs neither precision nor traffic"
+    plan = RunPlan.from_proto(made)
+    assert list(replica_lines(plan))[1:] == ["they share the optimizer's state: it costs neither precision nor traffic"]
+    assert (plan.shards_optimizer, plan.to_record()["zero_reason"]) == (True, made.zero_reason)

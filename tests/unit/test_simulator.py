@@ -153,3 +153,24 @@ def test_the_bubble_of_equal_stages_is_that_of_the_papers() -> None:
     # A third of that of 1F1B, in time.
     assert equal_stages_bubble(zb_h1(4, 8), looped(4)) == pytest.approx(3 / (3 * 8 + 3))
     assert equal_stages_bubble(one_f_one_b(1, 8), looped(1)) == pytest.approx(0.0)
+
+
+def test_replicas_exchange_before_tied_copies_and_without_waiting_for_other_stages() -> None:
+    of = StepCosts(
+        (0, 1, 2),
+        (ONE_TWO,) * 3,
+        (NO_LINK,) * 2,
+        (StageBytes(0, 0),) * 3,
+        reduce=(0.5, 0.0, 0.5),
+        update=(1.0, 1.0, 1.0),
+        exchange=(2.0, 3.0, 7.0),
+    )
+    programs = [parse_program(text) for text in ("0F0 0B0", "1F0 1B0", "2F0 2B0")]
+    found = simulate(of.whole_step(programs), of)
+    spans = [{item.action.kind: (item.start, item.end) for item in timed} for timed in found.timed]
+    # Backwards end at 9, 7 and 5; the tied copies of servers 0 and 2 are added when both have exchanged, at 12.
+    assert [span["REDUCE"] for span in spans] == [(10.0, 12.5), (7.0, 10.0), (5.0, 12.5)]
+    assert [span["UPDATE"][1] for span in spans] == [13.5, 11.0, 13.5]
+    assert [of.reduce_seconds(server) for server in range(3)] == [2.5, 3.0, 7.5]
+    assert [of.seconds_at_the_end(server) for server in range(3)] == [3.5, 4.0, 8.5]
+    assert found.busy == (6.5, 7.0, 11.5)

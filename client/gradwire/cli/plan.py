@@ -19,7 +19,14 @@ from gradwire.cli.flags import with_flags
 from gradwire.cli.options import read_cuts
 from gradwire.cli.plan_view import picture_titles, plan_lines, plan_view
 from gradwire.cluster import Cluster, connect
-from gradwire.job.settings import JobSettings, load_job_settings, plan_of, reference_values
+from gradwire.job.settings import (
+    JobSettings,
+    load_job_settings,
+    parameter_servers_of,
+    plan_of,
+    reference_values,
+    servers_of,
+)
 from gradwire.local_cluster import LocalProcesses
 from gradwire.timeline_drawing import TimedAction, svg_timeline
 from gradwire.timeline_png import check_available, png_timeline
@@ -33,7 +40,22 @@ if TYPE_CHECKING:
     from gradwire.run_plan import RunPlan
 
 _MODEL = ("layers", "width", "heads", "context", "batch")
-_LAYOUT = ("stages", "microbatches", "schedule", "virtual_stages", "recompute", "activation_compression", "precision")
+_LAYOUT = (
+    "stages",
+    "replicas",
+    "microbatches",
+    "schedule",
+    "virtual_stages",
+    "recompute",
+    "activation_compression",
+    "exchange",
+    "every",
+    "parameter_servers",
+    "staleness",
+    "compression",
+    "zero",
+    "precision",
+)
 _CLUSTER = ("threads", "coordinator", "tls_authority", "tls_certificate", "tls_key", "insecure")
 _STANDARD_OUTPUT = "-"
 _COLUMNS = 120
@@ -82,7 +104,13 @@ def plan(
             found, name = _plan(file, settings, asked, cluster, None)
         else:
             # The servers start, and import torch, while this process does.
-            processes = stack.enter_context(LocalProcesses(stage_servers=settings.stages, threads=settings.threads))
+            processes = stack.enter_context(
+                LocalProcesses(
+                    stage_servers=servers_of(settings),
+                    parameter_servers=parameter_servers_of(settings),
+                    threads=settings.threads,
+                )
+            )
             cluster = stack.enter_context(Cluster(processes.address))
             found, name = _plan(file, settings, asked, cluster, processes)
     title, subtitle = picture_titles(found, name)

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gradwire.boundaries import boundary_lines
-from gradwire.run_plan import Candidate, PlannedStage, RunPlan, module_names
+from gradwire.run_plan import Candidate, PlannedStage, RunPlan, module_names, replica_lines
 from gradwire.timeline_drawing import text_timeline
 from gradwire.units import bytes_unit, seconds_unit, shown_seconds
 
@@ -52,6 +52,7 @@ def plan_lines(plan: RunPlan) -> Iterator[str]:
     yield _where_costs_are_from(plan)
     yield from _link_lines(plan)
     yield from boundary_lines(plan)
+    yield from replica_lines(plan)
 
 
 def _link_lines(plan: RunPlan) -> Iterator[str]:
@@ -83,9 +84,11 @@ def picture_titles(plan: RunPlan, name: str) -> tuple[str, str]:
 
 
 def _layout(plan: RunPlan) -> str:
-    servers = len(plan.servers) or len(plan.stages)
+    servers = plan.servers_each
     several = f" ({len(plan.stages)} stages)" if len(plan.stages) != servers else ""
-    return f"{servers} servers{several}, {plan.micro_batches} micro-batches, schedule {plan.name}"
+    each = f"{plan.replicas} replicas of " if plan.replicas > 1 else ""
+    own = f"{each}{servers} server{'s' * (servers != 1)}{several}"
+    return f"{own}, {plan.micro_batches} micro-batches, schedule {plan.name}"
 
 
 def _above_bound(plan: RunPlan) -> float:
@@ -183,6 +186,7 @@ def _servers(plan: RunPlan, width: int) -> Table:
     unit = bytes_unit(server.peak_bytes for server in servers)
     step = plan.predicted.seconds
     columns = [
+        *_replica_columns(plan),
         _Column("server", [str(server.position) for server in servers]),
         _Column("name", [server.server for server in servers], 3, is_text=True),
         _Column("device", [server.device for server in servers], 2, is_text=True),
@@ -196,6 +200,17 @@ def _servers(plan: RunPlan, width: int) -> Table:
         _Column("of", [unit.show(server.memory_bytes) if server.memory_bytes else "?" for server in servers]),
     ]
     return _table(f"Servers: what they hold at the peak ({unit.name})", columns, width)
+
+
+def _replica_columns(plan: RunPlan) -> list[_Column]:
+    """Return what tells the servers of replicas apart, and what their exchange takes, where there are several."""
+    if plan.replicas == 1:
+        return []
+    time = seconds_unit(server.reduce_seconds for server in plan.servers)
+    return [
+        _Column("replica", [str(server.replica) for server in plan.servers]),
+        _Column(f"reduce ({time.name})", [time.show(server.reduce_seconds) for server in plan.servers]),
+    ]
 
 
 def _candidates(plan: RunPlan, width: int) -> Table:

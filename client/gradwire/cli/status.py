@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from json import dumps
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from gradwire.boundaries import boundary_lines
 from gradwire.cli.options import Coordinator, Insecure, TlsAuthority, TlsCertificate, TlsKey
 from gradwire.cluster import connect
 from gradwire.plain import to_plain
-from gradwire.run_plan import RunPlan
+from gradwire.run_plan import RunPlan, replica_lines
 from gradwire_protocol.activities import stage_lines
 from gradwire_protocol.settings import tls_files
 from gradwire_protocol.v1 import coordinator_pb2, stage_pb2
@@ -32,8 +33,9 @@ def status(
     """Show the servers of a cluster, what they do, and the runs."""
     with connect(coordinator, tls_files(tls_authority, tls_certificate, tls_key), insecure=insecure) as cluster:
         reply = cluster.status()
+    lines_of = stage_lines(_activities(reply), _replicas(reply).get)
     if json:
-        print(dumps({**to_plain(reply), "activities": stage_lines(_activities(reply))}))
+        print(dumps({**to_plain(reply), "activities": lines_of}))
         return
     console = Console()
     console.print(f"coordinator at {coordinator}, version {reply.version}", highlight=False)
@@ -41,9 +43,10 @@ def status(
     console.print(_runs(reply))
     for known in reply.runs:
         if known.state in _LIVE:
-            for line in boundary_lines(RunPlan.from_proto(known.plan)):
+            plan = RunPlan.from_proto(known.plan)
+            for line in itertools.chain(boundary_lines(plan), replica_lines(plan)):
                 console.print(f"{known.run}: {line}", highlight=False, markup=False, soft_wrap=True)
-    for run, lines in stage_lines(_activities(reply)).items():
+    for run, lines in lines_of.items():
         console.print(f"\n{run}", highlight=False, style="bold")
         for line in lines:
             # Long lines stay lines: others read them, too.
@@ -54,13 +57,26 @@ def _activities(reply: coordinator_pb2.GetStatusReply) -> list[tuple[str, stage_
     return [(server.server, server.activity, server.silent_seconds) for server in reply.servers]
 
 
+def _replicas(reply: coordinator_pb2.GetStatusReply) -> dict[str, int]:
+    """Return the replica of each server whose run has several."""
+    return {
+        server.server: server.replica
+        for known in reply.runs
+        if known.state in _LIVE and len(known.plan.replica_shares) > 1
+        for server in known.plan.prediction.servers
+    }
+
+
 def _servers(reply: coordinator_pb2.GetStatusReply) -> Table:
+    replicas = _replicas(reply)
     table = Table("server", "address", "device", "run", "stages", "heard", title="Servers", title_justify="left")
     for server in reply.servers:
         device = (
             f"{server.device.kind}, {server.device.threads} threads" if server.device.threads else server.device.kind
         )
         stages = ", ".join(map(str, server.activity.stages))
+        if server.server in replicas:
+            stages += f" of replica {replicas[server.server]}"
         heard = f"{server.silent_seconds:.1f} s ago"
         run = server.activity.run or "free"
         table.add_row(server.server, server.address, device, run, stages, heard)

@@ -16,7 +16,7 @@ from gradwire.collector import collector_paused
 from gradwire.job.files import text_files
 from gradwire.job.reporter import Reporter
 from gradwire.job.run_directory import RunDirectory
-from gradwire.job.settings import JobSettings, load_job_settings, reference_values
+from gradwire.job.settings import JobSettings, load_job_settings, parameter_servers_of, reference_values, servers_of
 from gradwire.local_cluster import LocalProcesses
 from gradwire_protocol.errors import PlanError, SettingsError
 from gradwire_protocol.settings import tls_files
@@ -50,16 +50,19 @@ def train(
     reporter = _reporter(json, settings.steps)
     if settings.coordinator is not None:
         with connect(settings.coordinator, tls, insecure=settings.insecure) as cluster:
-            _check_servers(cluster, settings.stages)
+            _check_servers(cluster, servers_of(settings))
             directory = resumed or RunDirectory.create(settings.out)
             summary = _run(settings, cluster, None, directory, reporter, started_at, resume=resume is not None)
     else:
         directory = resumed or RunDirectory.create(settings.out)
-        reporter.note(f"starting a coordinator and {settings.stages} stage servers …")
+        reporter.note(f"starting a coordinator and {servers_of(settings)} stage servers …")
         # The servers start, and import torch, while this process does.
         with (
             LocalProcesses(
-                stage_servers=settings.stages, threads=settings.threads, log_dir=directory.logs
+                stage_servers=servers_of(settings),
+                parameter_servers=parameter_servers_of(settings),
+                threads=settings.threads,
+                log_dir=directory.logs,
             ) as processes,
             Cluster(processes.address) as cluster,
         ):
@@ -115,15 +118,15 @@ def _resumed(resume: Path | None, config: Path | None, flags: dict[str, Any]) ->
     return directory
 
 
-def _check_servers(cluster: Cluster, stages: int) -> None:
+def _check_servers(cluster: Cluster, needed: int) -> None:
     """Tell at once, before anything is loaded, that there are too few servers."""
     servers = len(cluster.status().servers)
-    if servers < stages:
+    if servers < needed:
         raise PlanError(
-            "There are fewer stage servers than stages",
-            expected=f"{stages} stage servers at {cluster.address}",
+            "There are fewer stage servers than the plan takes",
+            expected=f"{needed} stage servers at {cluster.address}",
             got=str(servers),
-            remedy="start more stage servers, or give fewer --stages",
+            remedy="start more stage servers, or give fewer --stages or --replicas",
         )
 
 

@@ -42,7 +42,8 @@ def verify(
         ),
     ] = None,
     stages: Annotated[int, typer.Option(min=1, help="Stage servers of the pipeline")] = 2,
-    microbatches: Annotated[int, typer.Option(min=1, help="Micro-batches")] = 4,
+    replicas: Annotated[int, typer.Option(min=1, help="Copies of the pipeline that see other data")] = 1,
+    microbatches: Annotated[int, typer.Option(min=1, help="Micro-batches, over all replicas")] = 4,
     schedule: Annotated[ScheduleName, typer.Option(help="Order of the work on each server")] = "auto",
     virtual_stages: Annotated[
         int, typer.Option(min=1, max=16, help="Stages on each server; some schedules need 2")
@@ -97,6 +98,7 @@ def verify(
     }
     plan = Plan(
         stages=stages,
+        replicas=replicas,
         microbatches=microbatches,
         schedule=schedule,
         virtual_stages=virtual_stages,
@@ -109,7 +111,7 @@ def verify(
             found = _verify(file, cluster, None, plan, settings)
         else:
             # The servers start, and import torch, while this process does.
-            processes = stack.enter_context(LocalProcesses(stage_servers=stages, threads=threads))
+            processes = stack.enter_context(LocalProcesses(stage_servers=stages * replicas, threads=threads))
             cluster = stack.enter_context(Cluster(processes.address))
             found = _verify(file, cluster, processes, plan, settings)
     if json:

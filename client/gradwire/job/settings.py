@@ -13,6 +13,7 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from gradwire.plan import Plan
+from gradwire_protocol.exchanges import parse_exchange
 from gradwire_protocol.settings import Settings, load_settings
 
 ENVIRONMENT_PREFIX = "GRADWIRE_"
@@ -40,13 +41,25 @@ class JobSettings(Settings):
     )
     seed: int = Field(ge=0, lt=2**63, description="Of the first weights and of the order of the text")
     stages: int = Field(ge=1, description="Stage servers of the pipeline")
-    microbatches: int = Field(ge=1, description="Micro-batches a step")
+    replicas: int = Field(1, ge=1, description="Copies of the pipeline that see other data")
+    microbatches: int = Field(ge=1, description="Micro-batches a step, over all replicas")
     schedule: ScheduleName = Field(description="Order of the work on each server")
     virtual_stages: int = Field(1, ge=1, le=16, description="Stages on each server; some schedules need 2")
     recompute: bool = Field(False, description="Run forwards again for their backward, instead of keeping activations")
     activation_compression: Literal["none", "bf16", "fp16", "int8", "auto"] = Field(
         "none", description="Codec of activations and their gradients between stages"
     )
+    exchange: str = Field(
+        "ring",
+        description='How replicas agree: "ring", "parameter-server", or "local": each trains alone for some steps',
+    )
+    every: int | None = Field(None, ge=1, description="Local steps from one average to the next [default: 50]")
+    parameter_servers: int | None = Field(None, ge=1, description="Servers that hold the weights [default: 1]")
+    staleness: int | None = Field(None, ge=0, description="Updates that a step's weights may lack [default: 0]")
+    compression: str = Field(
+        "none", description='Codec of the gradients that replicas exchange: "int8", "topk(density=0.01)", …'
+    )
+    zero: Literal["auto", "on", "off"] = Field("auto", description="Whether replicas share the optimizer's state")
     window: int = Field(ge=1, le=16, description="Steps in flight")
     stall_seconds: float = Field(
         60.0, ge=1, le=1e6, description="End with an error when nothing moves for this long; above the longest action"
@@ -75,10 +88,28 @@ def load_job_settings(flags: Mapping[str, Any], config: Path | None = None) -> J
     return load_settings(JobSettings, flags, config, reference_values())
 
 
+def servers_of(settings: JobSettings) -> int:
+    """Return how many stage servers the job takes."""
+    return settings.stages * settings.replicas
+
+
+def parameter_servers_of(settings: JobSettings) -> int:
+    """Return how many parameter servers the job takes."""
+    exchange = parse_exchange(settings.exchange)
+    return (settings.parameter_servers or exchange.servers) if exchange.has_servers else 0
+
+
 def plan_of(settings: JobSettings, cuts: Sequence[int | str] | None = None) -> Plan:
     """Return the plan that the settings ask for; PlanError for what is not valid."""
     return Plan(
         stages=settings.stages,
+        replicas=settings.replicas,
+        exchange=settings.exchange,
+        every=settings.every,
+        parameter_servers=settings.parameter_servers,
+        staleness=settings.staleness,
+        compression=settings.compression,
+        zero=settings.zero,
         microbatches=settings.microbatches,
         schedule=settings.schedule,
         virtual_stages=settings.virtual_stages,

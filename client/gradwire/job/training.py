@@ -28,6 +28,7 @@ from gradwire.results import StepResult
 from gradwire.trainer import Trainer
 from gradwire.verification import Verification, verify
 from gradwire_protocol.checkpoint.manifest import read_manifest
+from gradwire_protocol.exchanges import parse_exchange
 
 # The cosine ends at this share of the peak learning rate.
 _FINAL_LR_SHARE = 0.1
@@ -258,13 +259,28 @@ class Job:
     def _verdict(self, checks: Sequence[Verification]) -> str:
         if not all(check.equal for check in checks):
             return "different"
-        codec = self._settings.activation_compression
-        return "equal" if codec == "none" else f"equal but for the codec of activations ({codec})"
+        codecs = {"activations": self._settings.activation_compression, "gradients": self._plan.compression}
+        lossy = [f"the codec of {what} ({codec})" for what, codec in codecs.items() if codec != "none"]
+        exchange = parse_exchange(self._plan.exchange)
+        if exchange.is_local:
+            lossy.append("local steps")
+        elif exchange.staleness:
+            lossy.append(f"a staleness of {exchange.staleness}")
+        return f"equal but for {' and '.join(lossy)}" if lossy else "equal"
+
+    def _exact_exchange(self) -> dict[str, Any]:
+        """Return what of the plan is to be another, so that replicas agree in every step."""
+        if parse_exchange(self._plan.exchange).is_local:
+            return {"exchange": "ring", "every": None}
+        return {
+            "exchange": str(dataclasses.replace(parse_exchange(self._plan.exchange), staleness=0)),
+            "staleness": None,
+        }
 
     def _check(self, cluster: Cluster) -> list[Verification]:
         """Compare one step in the run's own precision, and one in float64, which also judges the updated weights.
 
-        Without codecs: nothing equals what loses precision on its way.
+        Without codecs and local steps: nothing equals what loses precision on its way, or what is put off.
         """
         settings = self._settings
         rows = min(settings.batch, settings.microbatches * _CHECK_ROWS_PER_MICRO_BATCH)
@@ -278,7 +294,9 @@ class Job:
                     lambda model: make_optimizer(model, lr=settings.lr, weight_decay=settings.weight_decay),
                     loss=next_byte_loss,
                     batch=(x[:rows], y[:rows]),
-                    plan=dataclasses.replace(self._plan, activation_compression="none"),
+                    plan=dataclasses.replace(
+                        self._plan, activation_compression="none", compression="none", **self._exact_exchange()
+                    ),
                     max_grad_norm=settings.max_grad_norm,
                     precision=settings.precision if data_type is torch.float32 else None,
                 )

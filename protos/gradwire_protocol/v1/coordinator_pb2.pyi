@@ -120,7 +120,7 @@ class InputUse(_message.Message):
     def __init__(self, graph: _Optional[_Union[_graph_pb2.GraphKind, str]] = ..., values: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ServerLayout(_message.Message):
-    __slots__ = ("server", "address", "stages", "replica", "tensors", "inputs", "results", "owned_tensors")
+    __slots__ = ("server", "address", "stages", "replica", "tensors", "inputs", "results", "owned_tensors", "parameter_server")
     SERVER_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
@@ -129,6 +129,7 @@ class ServerLayout(_message.Message):
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     RESULTS_FIELD_NUMBER: _ClassVar[int]
     OWNED_TENSORS_FIELD_NUMBER: _ClassVar[int]
+    PARAMETER_SERVER_FIELD_NUMBER: _ClassVar[int]
     server: str
     address: str
     stages: _containers.RepeatedScalarFieldContainer[int]
@@ -137,7 +138,8 @@ class ServerLayout(_message.Message):
     inputs: _containers.RepeatedCompositeFieldContainer[InputUse]
     results: _containers.RepeatedScalarFieldContainer[str]
     owned_tensors: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, server: _Optional[str] = ..., address: _Optional[str] = ..., stages: _Optional[_Iterable[int]] = ..., replica: _Optional[int] = ..., tensors: _Optional[_Iterable[str]] = ..., inputs: _Optional[_Iterable[_Union[InputUse, _Mapping]]] = ..., results: _Optional[_Iterable[str]] = ..., owned_tensors: _Optional[_Iterable[str]] = ...) -> None: ...
+    parameter_server: bool
+    def __init__(self, server: _Optional[str] = ..., address: _Optional[str] = ..., stages: _Optional[_Iterable[int]] = ..., replica: _Optional[int] = ..., tensors: _Optional[_Iterable[str]] = ..., inputs: _Optional[_Iterable[_Union[InputUse, _Mapping]]] = ..., results: _Optional[_Iterable[str]] = ..., owned_tensors: _Optional[_Iterable[str]] = ..., parameter_server: bool = ...) -> None: ...
 
 class StageSummary(_message.Message):
     __slots__ = ("stage", "first_node", "nodes", "first_module", "last_module", "parameters", "estimated_seconds", "boundary_bytes", "codec", "codec_reason", "server", "forward_seconds", "backward_seconds", "input_gradient_seconds", "weight_gradient_seconds", "returned_bytes")
@@ -176,7 +178,7 @@ class StageSummary(_message.Message):
     def __init__(self, stage: _Optional[int] = ..., first_node: _Optional[int] = ..., nodes: _Optional[int] = ..., first_module: _Optional[str] = ..., last_module: _Optional[str] = ..., parameters: _Optional[int] = ..., estimated_seconds: _Optional[float] = ..., boundary_bytes: _Optional[int] = ..., codec: _Optional[_Union[_tensors_pb2.Codec, str]] = ..., codec_reason: _Optional[str] = ..., server: _Optional[int] = ..., forward_seconds: _Optional[float] = ..., backward_seconds: _Optional[float] = ..., input_gradient_seconds: _Optional[float] = ..., weight_gradient_seconds: _Optional[float] = ..., returned_bytes: _Optional[int] = ...) -> None: ...
 
 class ServerPrediction(_message.Message):
-    __slots__ = ("server", "device", "stages", "busy_seconds", "reduce_seconds", "update_seconds", "weight_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes")
+    __slots__ = ("server", "device", "stages", "busy_seconds", "reduce_seconds", "update_seconds", "weight_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes", "replica")
     SERVER_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
@@ -187,6 +189,7 @@ class ServerPrediction(_message.Message):
     GRADIENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_BYTES_FIELD_NUMBER: _ClassVar[int]
     ACTIVATION_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
     server: str
     device: DeviceInfo
     stages: _containers.RepeatedScalarFieldContainer[int]
@@ -197,7 +200,8 @@ class ServerPrediction(_message.Message):
     gradient_bytes: int
     optimizer_bytes: int
     activation_bytes: int
-    def __init__(self, server: _Optional[str] = ..., device: _Optional[_Union[DeviceInfo, _Mapping]] = ..., stages: _Optional[_Iterable[int]] = ..., busy_seconds: _Optional[float] = ..., reduce_seconds: _Optional[float] = ..., update_seconds: _Optional[float] = ..., weight_bytes: _Optional[int] = ..., gradient_bytes: _Optional[int] = ..., optimizer_bytes: _Optional[int] = ..., activation_bytes: _Optional[int] = ...) -> None: ...
+    replica: int
+    def __init__(self, server: _Optional[str] = ..., device: _Optional[_Union[DeviceInfo, _Mapping]] = ..., stages: _Optional[_Iterable[int]] = ..., busy_seconds: _Optional[float] = ..., reduce_seconds: _Optional[float] = ..., update_seconds: _Optional[float] = ..., weight_bytes: _Optional[int] = ..., gradient_bytes: _Optional[int] = ..., optimizer_bytes: _Optional[int] = ..., activation_bytes: _Optional[int] = ..., replica: _Optional[int] = ...) -> None: ...
 
 class LinkPrediction(_message.Message):
     __slots__ = ("stage", "forward_bytes_per_second", "backward_bytes_per_second", "round_trip_seconds", "measured", "reason")
@@ -280,13 +284,19 @@ class ServerTimeline(_message.Message):
     def __init__(self, actions: _Optional[_Iterable[_Union[TimedAction, _Mapping]]] = ...) -> None: ...
 
 class PlanSummary(_message.Message):
-    __slots__ = ("schedule", "extra_warm_up", "micro_batches", "stages", "theoretical_bubble_ratio", "virtual_stages", "prediction")
+    __slots__ = ("schedule", "extra_warm_up", "micro_batches", "stages", "theoretical_bubble_ratio", "virtual_stages", "replica_shares", "compression", "shards_optimizer", "zero_reason", "exchange", "compression_reason", "prediction")
     SCHEDULE_FIELD_NUMBER: _ClassVar[int]
     EXTRA_WARM_UP_FIELD_NUMBER: _ClassVar[int]
     MICRO_BATCHES_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
     THEORETICAL_BUBBLE_RATIO_FIELD_NUMBER: _ClassVar[int]
     VIRTUAL_STAGES_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_SHARES_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSION_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    ZERO_REASON_FIELD_NUMBER: _ClassVar[int]
+    EXCHANGE_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSION_REASON_FIELD_NUMBER: _ClassVar[int]
     PREDICTION_FIELD_NUMBER: _ClassVar[int]
     schedule: str
     extra_warm_up: int
@@ -294,8 +304,14 @@ class PlanSummary(_message.Message):
     stages: _containers.RepeatedCompositeFieldContainer[StageSummary]
     theoretical_bubble_ratio: float
     virtual_stages: int
+    replica_shares: _containers.RepeatedScalarFieldContainer[float]
+    compression: str
+    shards_optimizer: bool
+    zero_reason: str
+    exchange: str
+    compression_reason: str
     prediction: Prediction
-    def __init__(self, schedule: _Optional[str] = ..., extra_warm_up: _Optional[int] = ..., micro_batches: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[StageSummary, _Mapping]]] = ..., theoretical_bubble_ratio: _Optional[float] = ..., virtual_stages: _Optional[int] = ..., prediction: _Optional[_Union[Prediction, _Mapping]] = ...) -> None: ...
+    def __init__(self, schedule: _Optional[str] = ..., extra_warm_up: _Optional[int] = ..., micro_batches: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[StageSummary, _Mapping]]] = ..., theoretical_bubble_ratio: _Optional[float] = ..., virtual_stages: _Optional[int] = ..., replica_shares: _Optional[_Iterable[float]] = ..., compression: _Optional[str] = ..., shards_optimizer: bool = ..., zero_reason: _Optional[str] = ..., exchange: _Optional[str] = ..., compression_reason: _Optional[str] = ..., prediction: _Optional[_Union[Prediction, _Mapping]] = ...) -> None: ...
 
 class CreateRunReply(_message.Message):
     __slots__ = ("run", "generation", "servers", "plan", "timeline")

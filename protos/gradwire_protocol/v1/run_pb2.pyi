@@ -19,6 +19,8 @@ class ActionKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ACTION_KIND_UPDATE: _ClassVar[ActionKind]
     ACTION_KIND_INPUT_GRADIENT: _ClassVar[ActionKind]
     ACTION_KIND_WEIGHT_GRADIENT: _ClassVar[ActionKind]
+    ACTION_KIND_GATHER: _ClassVar[ActionKind]
+    ACTION_KIND_AVERAGE: _ClassVar[ActionKind]
 ACTION_KIND_UNSPECIFIED: ActionKind
 ACTION_KIND_FORWARD: ActionKind
 ACTION_KIND_BACKWARD: ActionKind
@@ -27,9 +29,11 @@ ACTION_KIND_NORM: ActionKind
 ACTION_KIND_UPDATE: ActionKind
 ACTION_KIND_INPUT_GRADIENT: ActionKind
 ACTION_KIND_WEIGHT_GRADIENT: ActionKind
+ACTION_KIND_GATHER: ActionKind
+ACTION_KIND_AVERAGE: ActionKind
 
 class Plan(_message.Message):
-    __slots__ = ("stages", "replicas", "tensor", "micro_batches", "schedule", "window", "cuts", "expected_rows", "recompute", "precision", "activation_compression", "stall_seconds", "step_seconds", "checksums", "virtual_stages")
+    __slots__ = ("stages", "replicas", "tensor", "micro_batches", "schedule", "window", "cuts", "expected_rows", "recompute", "precision", "activation_compression", "stall_seconds", "step_seconds", "checksums", "virtual_stages", "exchange", "compression", "zero")
     STAGES_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     TENSOR_FIELD_NUMBER: _ClassVar[int]
@@ -45,6 +49,9 @@ class Plan(_message.Message):
     STEP_SECONDS_FIELD_NUMBER: _ClassVar[int]
     CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
     VIRTUAL_STAGES_FIELD_NUMBER: _ClassVar[int]
+    EXCHANGE_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSION_FIELD_NUMBER: _ClassVar[int]
+    ZERO_FIELD_NUMBER: _ClassVar[int]
     stages: int
     replicas: int
     tensor: int
@@ -60,7 +67,10 @@ class Plan(_message.Message):
     step_seconds: float
     checksums: bool
     virtual_stages: int
-    def __init__(self, stages: _Optional[int] = ..., replicas: _Optional[int] = ..., tensor: _Optional[int] = ..., micro_batches: _Optional[int] = ..., schedule: _Optional[str] = ..., window: _Optional[int] = ..., cuts: _Optional[_Iterable[int]] = ..., expected_rows: _Optional[int] = ..., recompute: bool = ..., precision: _Optional[_Union[_tensors_pb2.DataType, str]] = ..., activation_compression: _Optional[_Iterable[str]] = ..., stall_seconds: _Optional[float] = ..., step_seconds: _Optional[float] = ..., checksums: bool = ..., virtual_stages: _Optional[int] = ...) -> None: ...
+    exchange: str
+    compression: str
+    zero: str
+    def __init__(self, stages: _Optional[int] = ..., replicas: _Optional[int] = ..., tensor: _Optional[int] = ..., micro_batches: _Optional[int] = ..., schedule: _Optional[str] = ..., window: _Optional[int] = ..., cuts: _Optional[_Iterable[int]] = ..., expected_rows: _Optional[int] = ..., recompute: bool = ..., precision: _Optional[_Union[_tensors_pb2.DataType, str]] = ..., activation_compression: _Optional[_Iterable[str]] = ..., stall_seconds: _Optional[float] = ..., step_seconds: _Optional[float] = ..., checksums: bool = ..., virtual_stages: _Optional[int] = ..., exchange: _Optional[str] = ..., compression: _Optional[str] = ..., zero: _Optional[str] = ...) -> None: ...
 
 class Action(_message.Message):
     __slots__ = ("kind", "stage", "micro_batch")

@@ -82,24 +82,28 @@ class Segment(_message.Message):
     def __init__(self, stage: _Optional[int] = ..., graph: _Optional[_Union[_graph_pb2.GraphKind, str]] = ..., nodes: _Optional[_Iterable[_Union[_graph_pb2.Node, _Mapping]]] = ..., tensors: _Optional[_Iterable[_Union[_graph_pb2.TensorUse, _Mapping]]] = ..., incoming: _Optional[_Iterable[_Union[IncomingValue, _Mapping]]] = ..., outgoing: _Optional[_Iterable[_Union[OutgoingValue, _Mapping]]] = ..., buffer_updates: _Optional[_Iterable[_Union[_graph_pb2.BufferUpdate, _Mapping]]] = ..., mutated_tensors: _Optional[_Iterable[str]] = ..., mutated_inputs: _Optional[_Iterable[str]] = ..., loss: _Optional[str] = ..., loss_weight: _Optional[str] = ..., results: _Optional[_Iterable[_Union[ResultValue, _Mapping]]] = ...) -> None: ...
 
 class TensorPlacement(_message.Message):
-    __slots__ = ("spec", "holder_stages")
+    __slots__ = ("spec", "holder_stages", "parameter_server")
     SPEC_FIELD_NUMBER: _ClassVar[int]
     HOLDER_STAGES_FIELD_NUMBER: _ClassVar[int]
+    PARAMETER_SERVER_FIELD_NUMBER: _ClassVar[int]
     spec: _graph_pb2.TensorSpec
     holder_stages: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, spec: _Optional[_Union[_graph_pb2.TensorSpec, _Mapping]] = ..., holder_stages: _Optional[_Iterable[int]] = ...) -> None: ...
+    parameter_server: str
+    def __init__(self, spec: _Optional[_Union[_graph_pb2.TensorSpec, _Mapping]] = ..., holder_stages: _Optional[_Iterable[int]] = ..., parameter_server: _Optional[str] = ...) -> None: ...
 
 class Peer(_message.Message):
-    __slots__ = ("server", "address", "stages", "replica")
+    __slots__ = ("server", "address", "stages", "replica", "parameter_server")
     SERVER_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
     REPLICA_FIELD_NUMBER: _ClassVar[int]
+    PARAMETER_SERVER_FIELD_NUMBER: _ClassVar[int]
     server: str
     address: str
     stages: _containers.RepeatedScalarFieldContainer[int]
     replica: int
-    def __init__(self, server: _Optional[str] = ..., address: _Optional[str] = ..., stages: _Optional[_Iterable[int]] = ..., replica: _Optional[int] = ...) -> None: ...
+    parameter_server: bool
+    def __init__(self, server: _Optional[str] = ..., address: _Optional[str] = ..., stages: _Optional[_Iterable[int]] = ..., replica: _Optional[int] = ..., parameter_server: bool = ...) -> None: ...
 
 class UntakenBound(_message.Message):
     __slots__ = ("direction", "source_stage", "value", "messages", "message_bytes")
@@ -115,8 +119,16 @@ class UntakenBound(_message.Message):
     message_bytes: int
     def __init__(self, direction: _Optional[_Union[_tensors_pb2.Direction, str]] = ..., source_stage: _Optional[int] = ..., value: _Optional[str] = ..., messages: _Optional[int] = ..., message_bytes: _Optional[int] = ...) -> None: ...
 
+class LocalSteps(_message.Message):
+    __slots__ = ("learning_rate", "momentum")
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    MOMENTUM_FIELD_NUMBER: _ClassVar[int]
+    learning_rate: float
+    momentum: float
+    def __init__(self, learning_rate: _Optional[float] = ..., momentum: _Optional[float] = ...) -> None: ...
+
 class PrepareRequest(_message.Message):
-    __slots__ = ("run", "generation", "server", "segments", "tensors", "peers", "stages", "optimizer", "loss_form", "seed", "recompute", "precision", "activation_codecs", "bounds", "checksums", "takes_over")
+    __slots__ = ("run", "generation", "server", "segments", "tensors", "peers", "stages", "optimizer", "loss_form", "seed", "recompute", "precision", "activation_codecs", "bounds", "checksums", "takes_over", "compression", "shard_optimizer", "local_steps", "staleness")
     RUN_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     SERVER_FIELD_NUMBER: _ClassVar[int]
@@ -133,6 +145,10 @@ class PrepareRequest(_message.Message):
     BOUNDS_FIELD_NUMBER: _ClassVar[int]
     CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
     TAKES_OVER_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSION_FIELD_NUMBER: _ClassVar[int]
+    SHARD_OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_STEPS_FIELD_NUMBER: _ClassVar[int]
+    STALENESS_FIELD_NUMBER: _ClassVar[int]
     run: str
     generation: int
     server: str
@@ -149,7 +165,11 @@ class PrepareRequest(_message.Message):
     bounds: _containers.RepeatedCompositeFieldContainer[UntakenBound]
     checksums: bool
     takes_over: bool
-    def __init__(self, run: _Optional[str] = ..., generation: _Optional[int] = ..., server: _Optional[str] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., tensors: _Optional[_Iterable[_Union[TensorPlacement, _Mapping]]] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., stages: _Optional[int] = ..., optimizer: _Optional[_Union[_run_pb2.Optimizer, _Mapping]] = ..., loss_form: _Optional[_Union[_graph_pb2.LossForm, str]] = ..., seed: _Optional[int] = ..., recompute: bool = ..., precision: _Optional[_Union[_tensors_pb2.DataType, str]] = ..., activation_codecs: _Optional[_Iterable[_Union[_tensors_pb2.Codec, str]]] = ..., bounds: _Optional[_Iterable[_Union[UntakenBound, _Mapping]]] = ..., checksums: bool = ..., takes_over: bool = ...) -> None: ...
+    compression: str
+    shard_optimizer: bool
+    local_steps: LocalSteps
+    staleness: int
+    def __init__(self, run: _Optional[str] = ..., generation: _Optional[int] = ..., server: _Optional[str] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., tensors: _Optional[_Iterable[_Union[TensorPlacement, _Mapping]]] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., stages: _Optional[int] = ..., optimizer: _Optional[_Union[_run_pb2.Optimizer, _Mapping]] = ..., loss_form: _Optional[_Union[_graph_pb2.LossForm, str]] = ..., seed: _Optional[int] = ..., recompute: bool = ..., precision: _Optional[_Union[_tensors_pb2.DataType, str]] = ..., activation_codecs: _Optional[_Iterable[_Union[_tensors_pb2.Codec, str]]] = ..., bounds: _Optional[_Iterable[_Union[UntakenBound, _Mapping]]] = ..., checksums: bool = ..., takes_over: bool = ..., compression: _Optional[str] = ..., shard_optimizer: bool = ..., local_steps: _Optional[_Union[LocalSteps, _Mapping]] = ..., staleness: _Optional[int] = ...) -> None: ...
 
 class PrepareReply(_message.Message):
     __slots__ = ("state_bytes", "optimizer_state")
@@ -276,7 +296,7 @@ class Unreceipted(_message.Message):
     def __init__(self, server: _Optional[str] = ..., messages: _Optional[int] = ..., size_bytes: _Optional[int] = ...) -> None: ...
 
 class Activity(_message.Message):
-    __slots__ = ("run", "generation", "stages", "entry", "action", "waiting_for", "waiting_seconds", "progress", "phase", "wait", "client_progress", "unreceipted")
+    __slots__ = ("run", "generation", "stages", "entry", "action", "waiting_for", "waiting_seconds", "progress", "phase", "wait", "client_progress", "parameter_server", "unreceipted")
     RUN_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
@@ -288,6 +308,7 @@ class Activity(_message.Message):
     PHASE_FIELD_NUMBER: _ClassVar[int]
     WAIT_FIELD_NUMBER: _ClassVar[int]
     CLIENT_PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    PARAMETER_SERVER_FIELD_NUMBER: _ClassVar[int]
     UNRECEIPTED_FIELD_NUMBER: _ClassVar[int]
     run: str
     generation: int
@@ -300,8 +321,9 @@ class Activity(_message.Message):
     phase: str
     wait: Wait
     client_progress: int
+    parameter_server: bool
     unreceipted: _containers.RepeatedCompositeFieldContainer[Unreceipted]
-    def __init__(self, run: _Optional[str] = ..., generation: _Optional[int] = ..., stages: _Optional[_Iterable[int]] = ..., entry: _Optional[int] = ..., action: _Optional[str] = ..., waiting_for: _Optional[str] = ..., waiting_seconds: _Optional[float] = ..., progress: _Optional[int] = ..., phase: _Optional[str] = ..., wait: _Optional[_Union[Wait, _Mapping]] = ..., client_progress: _Optional[int] = ..., unreceipted: _Optional[_Iterable[_Union[Unreceipted, _Mapping]]] = ...) -> None: ...
+    def __init__(self, run: _Optional[str] = ..., generation: _Optional[int] = ..., stages: _Optional[_Iterable[int]] = ..., entry: _Optional[int] = ..., action: _Optional[str] = ..., waiting_for: _Optional[str] = ..., waiting_seconds: _Optional[float] = ..., progress: _Optional[int] = ..., phase: _Optional[str] = ..., wait: _Optional[_Union[Wait, _Mapping]] = ..., client_progress: _Optional[int] = ..., parameter_server: bool = ..., unreceipted: _Optional[_Iterable[_Union[Unreceipted, _Mapping]]] = ...) -> None: ...
 
 class GetActivityRequest(_message.Message):
     __slots__ = ()

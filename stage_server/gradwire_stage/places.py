@@ -1,0 +1,57 @@
+"""Who is who in a run, as one of its servers sees it: its pipeline, the other replicas, the parameter servers.
+
+Worked out once, when a run is prepared. Order is that of ids, so that sums have the same order everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gradwire_protocol.v1 import stage_pb2
+
+
+class Places:
+    """The servers of a run by what they do for this one."""
+
+    def __init__(self, request: stage_pb2.PrepareRequest, own: stage_pb2.Peer) -> None:
+        self.own = own.server
+        self.replica = own.replica
+        self.is_parameter_server = own.parameter_server
+        workers = [peer for peer in request.peers if not peer.parameter_server]
+        helpers = sorted((peer for peer in request.peers if peer.parameter_server), key=lambda peer: peer.stages[0])
+        pipeline = sorted((peer for peer in workers if peer.replica == own.replica), key=lambda peer: peer.stages[0])
+        self.server_of_stage = {stage: peer.server for peer in (*pipeline, *helpers) for stage in peer.stages}
+        # First stage and name of every server of the pipeline, in stage order: the order in which sums are made.
+        self.servers = tuple((peer.stages[0], peer.server) for peer in pipeline)
+        self.other_servers = tuple(name for _, name in self.servers if name != own.server)
+        self.everyone_else = tuple(peer.server for peer in request.peers if peer.server != own.server)
+        self.first_stages = {peer.server: peer.stages[0] for peer in request.peers}
+        # The servers of the same stages, by replica, ascending.
+        self.replica_servers = {
+            peer.replica: peer.server
+            for peer in sorted(workers, key=lambda peer: peer.replica)
+            if peer.stages == own.stages
+        }
+        self.replicas = tuple(sorted({peer.replica for peer in workers}))
+        # One replica answers for all: it gives state and gradients to the client, and writes checkpoints. What
+        # parameter servers hold, they answer for.
+        self.leads = self.is_parameter_server or own.replica == self.replicas[0]
+        self.last_stage = request.stages - 1
+        self.last_server = self.server_of_stage[self.last_stage]
+        self.parameter_servers = tuple(peer.server for peer in helpers)
+        alone = request.HasField("local_steps")
+        # The replicas whose losses make up the weight that gradients are divided by.
+        self.weighed_replicas = (own.replica,) if alone else self.replicas
+        # Who divides by it, besides this server.
+        readers: Sequence[stage_pb2.Peer] = helpers or (pipeline if alone else workers)
+        self.weight_readers = tuple(peer.server for peer in readers if peer.server != own.server)
+        # Replica, first stage and name of all whose squares make up the norm.
+        shared = workers if request.shard_optimizer else pipeline
+        self.norm_servers = sorted((peer.replica, peer.stages[0], peer.server) for peer in helpers or shared)
+
+    def holders(self, stages: Sequence[int]) -> tuple[tuple[int, str], ...]:
+        """First holding stage and name of each server of this pipeline that holds a tensor, in stage order."""
+        first: dict[str, int] = {}
+        for stage in stages:
+            first.setdefault(self.server_of_stage[stage], stage)
+        return tuple((stage, server) for server, stage in first.items())

@@ -1,0 +1,232 @@
+"""What replicas agree on, in real processes: codecs, a shared optimizer, local steps; and who is named if one fails."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+import torch
+import torch.nn.functional as F
+from replica_subject import (
+    check_replicas_are_one,
+    check_weights,
+    make_batch,
+    make_model,
+    make_optimizer,
+    one_process,
+    train,
+)
+from torch import nn
+
+import gradwire
+from gradwire_protocol.frames import encode_frames
+from gradwire_protocol.torch_tensors import payload_of, tensor_info
+from gradwire_protocol.v1 import tensors_pb2 as pb
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[gradwire.LocalCluster]:
+    with gradwire.local(stage_servers=4) as made:
+        yield made
+
+
+@pytest.mark.parametrize("codec", ["none", "fp16", "bf16", "int8", "topk(density=0.1, warm_up=2)", "powersgd(rank=2)"])
+def test_replicas_have_the_same_bits_under_every_codec(cluster: gradwire.Cluster, codec: str) -> None:
+    with train(cluster, compression=codec, microbatches=2) as trainer:
+        losses = []
+        for seed in range(6):
+            losses.append(trainer.step(*make_batch(seed % 2)).loss)
+            check_replicas_are_one(trainer)
+        assert losses[4] < losses[0]
+        assert losses[5] < losses[1]
+        check = trainer.state_dict()
+        assert trainer.plan.compression == codec
+    exact = one_process(0).state_dict()
+    assert all(not torch.equal(check[name], exact[name]) for name in exact)
+
+
+@pytest.mark.parametrize(
+    ("stages", "optimizer", "zero"), [(2, "AdamW", "auto"), (1, "AdamW", "off"), (1, "Adafactor", "on")]
+)
+def test_a_shared_optimizer_updates_as_one_does(
+    cluster: gradwire.Cluster, tmp_path: Path, stages: int, optimizer: str, zero: str
+) -> None:
+    """Weights, gradients, the norm; its checkpoint, which one replica goes on from; and that one's, shared again."""
+    asked = {"stages": stages, "cuts": ["2"] if stages > 1 else None, "zero": zero}
+    with train(cluster, optimizer, **asked) as trainer:
+        assert trainer.plan.shards_optimizer == (zero != "off")
+        result, gradients = trainer.step_with_gradients(*make_batch(0))
+        reference = make_model()
+        F.mse_loss(reference(make_batch(0)[0]), make_batch(0)[1]).backward()
+        norm = nn.utils.clip_grad_norm_(reference.parameters(), 0.5).item()
+        assert result.gradient_norm == pytest.approx(norm, rel=1e-10)
+        for name, parameter in reference.named_parameters():
+            assert parameter.grad is not None
+            assert torch.allclose(gradients[name], parameter.grad, rtol=0, atol=1e-10), name
+        trainer.step(*make_batch(1))
+        trainer.save(tmp_path / "a")
+        check_weights(trainer.state_dict(), one_process(2, optimizer))
+    with train(cluster, optimizer, stages=1, replicas=1, cuts=None) as trainer:
+        trainer.load(tmp_path / "a")
+        trainer.step(*make_batch(2))
+        trainer.save(tmp_path / "b")
+        check_weights(trainer.state_dict(), one_process(3, optimizer))
+    with train(cluster, optimizer, **asked, replicas=2) as trainer:
+        trainer.load(tmp_path / "b")
+        trainer.step(*make_batch(3))
+        check_weights(trainer.state_dict(), one_process(4, optimizer))
+        check_replicas_are_one(trainer)
+
+
+def local_reference(steps: int, every: int, rate: float, momentum: float) -> tuple[nn.Module, list[float]]:
+    """Two models that train alone on every other micro-batch, and agree as torch's own SGD would have it."""
+    agreed = make_model()
+    outer = torch.optim.SGD(agreed.parameters(), lr=rate, momentum=momentum, nesterov=True)
+    models = [copy.deepcopy(agreed) for _ in range(2)]
+    updates = [make_optimizer(model) for model in models]
+    losses = []
+    for step in range(1, steps + 1):
+        x, y = make_batch(step)
+        total = 0.0
+        for replica, (model, update) in enumerate(zip(models, updates, strict=True)):
+            update.zero_grad()
+            parts = list(zip(x.tensor_split(4), y.tensor_split(4), strict=True))[replica::2]
+            xs, ys = (torch.cat(values) for values in zip(*parts, strict=True))
+            loss = F.mse_loss(model(xs), ys)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            update.step()
+            total += loss.item() / 2
+        losses.append(total)
+        if step % every == 0:
+            for parameter, *each in zip(agreed.parameters(), *(model.parameters() for model in models), strict=True):
+                parameter.grad = sum((parameter.detach() - own.detach() for own in each), torch.zeros(())) / 2
+            outer.step()
+            for model in models:
+                model.load_state_dict(agreed.state_dict())
+    return agreed, losses
+
+
+def test_local_steps_agree_every_so_often_as_the_outer_optimizer_says(cluster: gradwire.Cluster) -> None:
+    exchange = "local(learning_rate=0.6, momentum=0.5)"
+    with train(cluster, exchange=exchange, every=3) as trainer:
+        losses = [trainer.step(*make_batch(seed)).loss for seed in range(1, 7)]
+        check_replicas_are_one(trainer)
+        made = trainer.state_dict()
+        trainer.step(*make_batch(7))
+        with pytest.raises(AssertionError):
+            check_replicas_are_one(trainer)  # they are on their own again
+    model, expected = local_reference(6, 3, 0.6, 0.5)
+    assert losses == pytest.approx(expected, rel=1e-10)
+    check_weights(made, model)
+
+
+def test_local_steps_go_with_a_codec(cluster: gradwire.Cluster) -> None:
+    with train(cluster, exchange="local", every=2, compression="int8", stages=1, cuts=None) as trainer:
+        first = trainer.step(*make_batch(0)).loss
+        for _ in range(7):
+            last = trainer.step(*make_batch(0)).loss
+        check_replicas_are_one(trainer)
+        assert last < first
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"zero": "on", "compression": "int8"}, "undo what int8 saves"),
+        ({"zero": "on", "exchange": "local"}, "whole of it each"),
+        ({"exchange": "gossip"}, "none that there is"),
+        ({"exchange": "ring", "every": 3}, "of no use to this exchange"),
+        ({"compression": "zip"}, "zip"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(cluster: gradwire.Cluster, fields: dict[str, Any], expected: str) -> None:
+    with pytest.raises(gradwire.PlanError, match=expected):
+        train(cluster, **fields)
+
+
+def wait_until_free(cluster: gradwire.Cluster) -> None:
+    deadline = time.monotonic() + 15
+    while any(server.activity.run for server in cluster.status().servers):
+        assert time.monotonic() < deadline, "a server is not free again"
+        time.sleep(0.1)
+
+
+def test_garbage_in_the_ring_ends_the_step_with_its_sender(cluster: gradwire.Cluster) -> None:
+    """A message that a replica is about to get comes first from somebody else, and is no part of its gradients."""
+    with train(cluster, stages=1, cuts=None) as trainer:
+        victim = next(server for server in cluster.status().servers if server.server == trainer.servers[0])
+        garbage = torch.zeros(5, dtype=torch.float64)
+        key = pb.MessageKey(
+            run=trainer.run_id,
+            generation=1,
+            entry=2,  # the first step, after the weights
+            value="0/s0",
+            direction=pb.DIRECTION_REDUCE,
+            source_replica=1,
+        )
+        header = pb.TensorHeader(key=key, sequence=1, tensor=tensor_info(garbage))
+        with grpc.insecure_channel(victim.address) as channel:
+            deliver = channel.stream_stream("/gradwire_protocol.v1.StageService/Deliver")
+            assert len(list(deliver(encode_frames(header, payload_of(garbage))))) == 1
+        with pytest.raises(gradwire.GradwireError, match="member 1") as caught:
+            trainer.step(*make_batch(0))
+        assert victim.server in str(caught.value)
+    wait_until_free(cluster)
+
+
+def test_a_replica_that_stands_still_is_named(cluster: gradwire.LocalCluster) -> None:
+    with train(cluster, stages=1, cuts=None, stall_seconds=2.0) as trainer:
+        trainer.step(*make_batch(0))
+        servers = {server.server: server.address for server in cluster.status().servers}
+        port = int(servers[trainer.servers[1]].rpartition(":")[2])
+        (frozen,) = [
+            process
+            for process in map(psutil.Process, cluster.process_ids)
+            if any(item.laddr.port == port and item.status == psutil.CONN_LISTEN for item in process.net_connections())
+        ]
+        frozen.suspend()
+        try:
+            began = time.monotonic()
+            with pytest.raises(gradwire.GradwireError, match=trainer.servers[1]):
+                trainer.step(*make_batch(1))
+            assert time.monotonic() - began < 15
+        finally:
+            frozen.resume()
+
+
+def test_a_replica_that_dies_in_a_step_is_named() -> None:
+    with gradwire.local(stage_servers=2) as cluster:
+        with train(cluster, stages=1, cuts=None) as trainer:
+            trainer.step(*make_batch(0))
+            victim = trainer.servers[1]
+            results = trainer.run([make_batch(1)], steps=100_000, progress=False)
+            next(results)
+            os.kill(cluster.process_ids[-1], signal.SIGKILL)
+            began = time.monotonic()
+            with pytest.raises(gradwire.StageFailed) as caught:
+                for _ in results:
+                    pass
+            assert time.monotonic() - began < 10
+        assert any(name in str(caught.value) for name in (victim, "replica"))
+        wait_until_free(cluster)
+
+
+def test_a_codec_that_is_left_open_is_chosen_from_the_measured_links(cluster: gradwire.Cluster) -> None:
+    with train(cluster, stages=1, cuts=None, compression="auto") as trainer:
+        made = trainer.plan
+        # Loopback carries more than any codec saves.
+        assert made.compression == "none"
+        assert "Mbit/s" in made.compression_reason
+        assert made.shards_optimizer
+        assert "why none: replicas' links carry" in str(made)
+        trainer.step(*make_batch(0))
+        check_weights(trainer.state_dict(), one_process(1))
