@@ -81,7 +81,7 @@ class FrameSender:
     payload where the peer finds it by its header (shared memory); then it goes in no chunks. `connect`, called on a
     thread of the sender, returns a socket to the peer if it is on this host, else None; over it, payloads of up to
     `at_once_bytes`, CHUNK_BYTES at most, that are there are written by `send` itself, which saves a change of threads,
-    and not placed.
+    and not placed; larger ones are tried with `place_at_once`, which does what `place` does, but does not wait.
     After a failure every `send` and `flush` raises it; the sender does not reconnect.
     """
 
@@ -96,6 +96,7 @@ class FrameSender:
         place: Callable[[pb.TensorHeader, memoryview], bool] | None = None,
         connect: Callable[[], socket.socket | None] | None = None,
         at_once_bytes: int = 0,
+        place_at_once: Callable[[pb.TensorHeader, memoryview], bool] | None = None,
         on_frame: Callable[[], None] | None = None,
         on_delivered: Callable[[Delivered], None] | None = None,
         on_failure: Callable[[GradwireError], None] | None = None,
@@ -105,6 +106,7 @@ class FrameSender:
         self._checksums = checksums
         self._place = place
         self._at_once_bytes = at_once_bytes
+        self._place_at_once = place_at_once
         self._on_frame = on_frame or (lambda: None)
         self._on_delivered = on_delivered
         self._on_failure = on_failure
@@ -154,12 +156,19 @@ class FrameSender:
             self._open.append(message)
             self._open_bytes += size
             local = self._local
-            if local is None or self._unwritten or size > self._at_once_bytes or callable(payload):
-                kept = pb.TensorHeader()
-                kept.CopyFrom(header)
-                self._put(_Queued(kept, payload, message))
-            else:
-                self._write_at_once(local, header, payload)
+            if local is not None and not self._unwritten and not callable(payload):
+                if size <= self._at_once_bytes:
+                    self._write_at_once(local, header, payload)
+                    return
+                if self._place_at_once is not None and payload is not None and self._place_at_once(header, payload):
+                    message.shared = True
+                    self._write_at_once(local, header, None)
+                    # The header is the caller's: the next message of its kind lies elsewhere.
+                    info.ClearField("shared")
+                    return
+            kept = pb.TensorHeader()
+            kept.CopyFrom(header)
+            self._put(_Queued(kept, payload, message))
 
     def flush(self, timeout_seconds: float | None = None) -> None:
         """Wait until the peer has receipted everything that was sent."""

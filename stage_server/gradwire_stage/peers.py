@@ -195,6 +195,8 @@ class Peers:
                 if settings is None
                 else LocalConnector(self._shared_memory, shared, channel, stream, server),
                 at_once_bytes=0 if settings is None else min(_AT_ONCE_BYTES, settings.threshold_bytes - 1),
+                # Whoever exchanges gradients has little else to do; an activation is copied beside the next action.
+                place_at_once=shared.place_at_once if direction in EXCHANGE else None,
                 maximum_queued_bytes=self._send_bytes,
                 checksums=self._checksums,
                 on_frame=self._on_frame,

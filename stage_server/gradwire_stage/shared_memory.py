@@ -26,6 +26,8 @@ MAXIMUM_BLOCKS = 16
 _FIRST_BYTES = 64 * 2**20
 # A payload may lie in a slot this many times larger than its own would be, as long as that can still be made.
 _WASTE = 4
+# Copying more would hold up the thread that computes.
+_AT_ONCE_BYTES = 4 * 2**20
 _OFFER_SECONDS = 5.0
 
 _log = structlog.get_logger(__name__)
@@ -135,6 +137,19 @@ class SharedSender:
         if block is None or placed is None:
             if self._blocks or self._growing:  # otherwise its refusal has been counted
                 self._memory.on_fallback("no-slot")
+            return False
+        header.tensor.shared.block = block.ticket
+        header.tensor.shared.slot, header.tensor.shared.use = placed
+        return True
+
+    def place_at_once(self, header: pb.TensorHeader, payload: memoryview) -> bool:
+        """Do what `place` does, if a slot of the right size is free. In place of the stream's thread, not beside it."""
+        settings = self._memory.settings
+        size = payload.nbytes
+        if settings is None or size < settings.threshold_bytes or size > _AT_ONCE_BYTES:
+            return False
+        block, placed = self._put(payload, _WASTE * slot_size(size))
+        if block is None or placed is None:
             return False
         header.tensor.shared.block = block.ticket
         header.tensor.shared.slot, header.tensor.shared.use = placed

@@ -37,8 +37,9 @@ def through(name: str, tensor: torch.Tensor) -> torch.Tensor:
 def bounds(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """Return the error that a codec allows each element of a flat finite tensor, in float64."""
     values = tensor.double()
-    # Rounding back to the tensor's own type, and by way of float32.
-    own = values.abs() * max(torch.finfo(tensor.dtype).eps, 2.0**-24)
+    # Rounding back to the tensor's own type, whose smallest numbers are this far apart, and by way of float32.
+    kind = torch.finfo(tensor.dtype)
+    own = values.abs() * max(kind.eps, 2.0**-24) + kind.tiny * kind.eps
     if name == "bf16":
         return values.abs() * 2.0**-8 + 2.0**-134 + own
     if name == "fp16":
