@@ -171,7 +171,11 @@ def stage_lines(
         members = list(group)
         known = {server: activity for server, activity, _ in members}
         lines[run] = [
-            f"{stage_names(activity.stages, replica_of(server))} {activity_words(activity, known.get, age_seconds=age)}"
+            f"{_subject(activity, replica_of(server))} {activity_words(activity, known.get, age_seconds=age)}"
             for server, activity, age in members
         ]
     return lines
+
+
+def _subject(activity: stage_pb2.Activity, replica: int | None) -> str:
+    return "parameter server" if activity.parameter_server else stage_names(activity.stages, replica)

@@ -115,3 +115,11 @@ def test_servers_of_several_replicas_are_told_apart() -> None:
     assert lines["r"] == [
         f"stage {stage} of replica {replica} is idle after entry 3" for replica in (0, 1) for stage in (0, 1)
     ]
+
+
+def test_a_parameter_server_is_called_what_it_is() -> None:
+    of_server = stage_pb2.Activity(run="r", stages=[2], entry=3, parameter_server=True, phase="wait-step")
+    of_stage = stage_pb2.Activity(run="r", stages=[1], entry=3, phase="wait-step")
+    assert stage_lines([("p", of_server, 0.0), ("s", of_stage, 0.0)]) == {
+        "r": ["stage 1 is idle after entry 3", "parameter server is idle after entry 3"]
+    }

@@ -75,7 +75,9 @@ def _servers(reply: coordinator_pb2.GetStatusReply) -> Table:
             f"{server.device.kind}, {server.device.threads} threads" if server.device.threads else server.device.kind
         )
         stages = ", ".join(map(str, server.activity.stages))
-        if server.server in replicas:
+        if server.role == coordinator_pb2.SERVER_ROLE_PARAMETER:
+            stages = "parameters"
+        elif server.server in replicas:
             stages += f" of replica {replicas[server.server]}"
         heard = f"{server.silent_seconds:.1f} s ago"
         run = server.activity.run or "free"

@@ -20,6 +20,7 @@ from gradwire.job.settings import JobSettings, load_job_settings, parameter_serv
 from gradwire.local_cluster import LocalProcesses
 from gradwire_protocol.errors import PlanError, SettingsError
 from gradwire_protocol.settings import tls_files
+from gradwire_protocol.v1 import coordinator_pb2
 
 
 @with_flags(JobSettings, reference_values())
@@ -120,7 +121,7 @@ def _resumed(resume: Path | None, config: Path | None, flags: dict[str, Any]) ->
 
 def _check_servers(cluster: Cluster, needed: int) -> None:
     """Tell at once, before anything is loaded, that there are too few servers."""
-    servers = len(cluster.status().servers)
+    servers = sum(each.role == coordinator_pb2.SERVER_ROLE_STAGE for each in cluster.status().servers)
     if servers < needed:
         raise PlanError(
             "There are fewer stage servers than the plan takes",

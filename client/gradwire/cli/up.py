@@ -17,6 +17,7 @@ _LOOK_SECONDS = 0.5
 
 def up(
     stages: Annotated[int, typer.Option(min=1, help="Stage servers to start")] = 2,
+    parameter_servers: Annotated[int, typer.Option(min=0, help="Parameter servers to start")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="Compute threads of each")] = 1,
     listen: Annotated[str, typer.Option(help="HOST:PORT of the coordinator; port 0: any free one")] = "127.0.0.1:0",
     log_dir: Annotated[Path | None, typer.Option(help="Where the output of the processes goes")] = None,
@@ -32,6 +33,7 @@ def up(
     """Start a coordinator and stage servers on this machine, and keep them until Ctrl-C."""
     with LocalProcesses(
         stage_servers=stages,
+        parameter_servers=parameter_servers,
         threads=threads,
         listen=listen,
         log_dir=log_dir,
@@ -41,7 +43,8 @@ def up(
     ) as processes:
         with Cluster(processes.address) as cluster:
             processes.wait_registered(cluster)
-        print(f"coordinator at {processes.address}, {stages} stage servers; logs in {processes.log_dir}")
+        more = f", {parameter_servers} parameter servers" if parameter_servers else ""
+        print(f"coordinator at {processes.address}, {stages} stage servers{more}; logs in {processes.log_dir}")
         print("connect with:")
         print(f"  gradwire train --coordinator {processes.address} --stages {stages}")
         print(f"  gradwire status --coordinator {processes.address}")
