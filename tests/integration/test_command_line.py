@@ -159,15 +159,16 @@ def wait_for_line(process: subprocess.Popen[str], pattern: str) -> re.Match[str]
 
 
 def test_up_serves_train_and_status_until_ctrl_c(commands: Commands, data: Path) -> None:
-    up = commands.start("up", "--stages", "2")
-    address = wait_for_line(up, r"coordinator at (\S+),")[1]
+    up = commands.start("up", "--stages", "2", "--parameter-servers", "1")
+    address = wait_for_line(up, r"coordinator at (\S+), 2 stage servers, 1 parameter servers")[1]
 
     code, out, err = commands.run("status", GRADWIRE_COORDINATOR=address)
     assert code == 0, err
-    assert out.count("free") == 2
+    assert out.count("free") == 3
+    assert out.count("parameters") == 1
     code, out, err = commands.run("status", "--json", "--coordinator", address)
     assert code == 0, err
-    assert len(json.loads(out)["servers"]) == 2
+    assert len(json.loads(out)["servers"]) == 3
 
     arguments = ["--coordinator", address, "--data", str(data), "--no-check", *FLAGS]
     code, out, err = commands.run("train", *arguments, "--out", "plain")
@@ -179,8 +180,9 @@ def test_up_serves_train_and_status_until_ctrl_c(commands: Commands, data: Path)
     assert code == 2
     assert "fewer stage servers than the plan takes" in err
 
-    # Under autocast, with recomputation, and checked.
+    # Under autocast, with recomputation and a parameter server, and checked.
     flags = ["--precision", "bf16", "--recompute", "--json", "--coordinator", address, "--data", str(data)]
+    flags += ["--exchange", "parameter-server"]
     code, out, err = commands.run("train", *FLAGS, *flags)
     assert code == 0, err
     summary = json.loads(out.splitlines()[-1])
