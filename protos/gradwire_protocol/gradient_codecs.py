@@ -26,8 +26,8 @@ _SCALE_BYTES = 4
 _LONGEST_TEXT = 200
 _LARGEST_COUNT = 10**9
 _EXPECTED = (
-    'one of "none", "fp16", "bf16", "int8", "topk(density=0.01, momentum=0.0, warm_up=0)", "powersgd(rank=4)", where '
-    "any setting may be left out"
+    'one of "none", "fp16", "bf16", "int8", "topk(density=0.01, momentum=0.0, warm_up=0)", '
+    '"powersgd(rank=4, warm_up=0)", where any setting may be left out'
 )
 
 
@@ -41,7 +41,7 @@ class GradientCodec:
     density: float = 0.01
     # topk: of momentum correction, in place of the optimizer's own; 0 for none.
     momentum: float = 0.0
-    # topk: steps over which the density falls from a quarter to `density`.
+    # topk: steps over which the density falls from a quarter to `density`. powersgd: first steps that go without it.
     warm_up: int = 0
     # powersgd: columns of each factor.
     rank: int = 4
@@ -79,7 +79,7 @@ _SETTINGS: dict[str, dict[str, _Setting]] = {
     "bf16": {},
     "int8": {},
     "topk": {"density": _DENSITY, "momentum": _MOMENTUM, "warm_up": _WARM_UP},
-    "powersgd": {"rank": _RANK},
+    "powersgd": {"rank": _RANK, "warm_up": _WARM_UP},
 }
 GRADIENT_CODEC_NAMES = tuple(_SETTINGS)
 # In a plan: chosen when a run is created, from what the links between replicas were measured to carry.

@@ -29,6 +29,16 @@ def test_powersgd_gets_a_matrix_of_low_rank_right_and_finds_lost_directions_agai
         assert torch.allclose(result.double(), expected, atol=1e-4 * float(expected.abs().amax()) + 1e-6)
 
 
+def test_powersgd_leaves_the_first_steps_as_they_are() -> None:
+    group = Replicas("powersgd(rank=1, warm_up=3)", 2, (24, 40))
+    generator = torch.Generator().manual_seed(1)
+    exact = []
+    for _ in range(5):
+        gradients = [torch.randn(group.size, generator=generator) for _ in group.members]
+        exact.append(torch.allclose(group.reduce(gradients).double(), exact_sum(gradients), rtol=1e-5, atol=1e-5))
+    assert exact == [True, True, True, False, False]
+
+
 def test_powersgd_keeps_unequal_replicas_together() -> None:
     """What a replica keeps is bounded by its own gradient, however unlike the others' it is."""
     group = Replicas("powersgd(rank=2)", 2, (24, 40))

@@ -58,7 +58,7 @@ def test_every_codec_comes_back_from_its_text(
     if name == "topk":
         codec = GradientCodec(name, density=density, momentum=momentum, warm_up=warm_up)
     else:
-        codec = GradientCodec(name, rank=rank) if name == "powersgd" else GradientCodec(name)
+        codec = GradientCodec(name, rank=rank, warm_up=warm_up) if name == "powersgd" else GradientCodec(name)
     assert parse_compression(str(codec)) == codec
 
 

@@ -106,7 +106,7 @@ class LocalSteps:
                 parameter.copy_(part.view(parameter.shape))
 
         driver.begin(
-            number, f"way{number}", lambda members: self._reducers[number].all_reduce(members, way, step), take
+            number, f"way{number}", lambda members: self._reducers[number].all_reduce(members, way, step - 1), take
         )
 
     def _begin_buffer(self, driver: Driver, number: int, name: str) -> None:

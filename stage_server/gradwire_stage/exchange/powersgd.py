@@ -4,6 +4,8 @@ Vogels et al., PowerSGD: Practical Low-Rank Gradient Compression (2019): one ste
 the factor of the step before. Both factors are linear in the gradients, so that a ring adds them up, and their product
 approximates the sum. Vectors, and matrices whose factors are not much smaller, go along with the first as they are.
 
+In the first steps gradients change fast, and there is nothing to start from: they can go as they are (`warm_up`).
+
 The paper keeps what its gradient has beyond the mean of all; here each keeps what its own factors leave out. The sum is
 the same, but replicas that get unequal shares of a batch would drift apart without end.
 """
@@ -28,6 +30,7 @@ class PowerSgd:
 
     def __init__(self, codec: GradientCodec, shapes: Sequence[torch.Size]) -> None:
         generator = torch.Generator().manual_seed(_SEED)
+        self._warm_up = codec.warm_up
         self._sizes = [shape.numel() for shape in shapes]
         # By the tensor's place in the bucket; the others go as they are.
         self._matrices = {
@@ -37,7 +40,7 @@ class PowerSgd:
         }
 
     def all_reduce(self, group: Group, gradient: torch.Tensor, step: int) -> Steps[torch.Tensor]:
-        if len(group.members) == 1 or not self._matrices:
+        if len(group.members) == 1 or not self._matrices or step < self._warm_up:
             exact = yield from collectives.all_reduce(group, gradient)
             return exact
         parts = torch.split(gradient, self._sizes)

@@ -163,7 +163,8 @@ class StepExchange:
             self._sums[number] = total
 
         if parts is None:
-            reducer, step = self._reducers[number], self._train_step.step
+            # Reducers count steps from 0.
+            reducer, step = self._reducers[number], self._train_step.step - 1
             self._driver.begin(number, str(number), lambda members: reducer.all_reduce(members, flat, step), keep)
         else:
             pieces = torch.split(flat, list(parts.sizes))
