@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import threading
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,145 +12,39 @@ import psutil
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from weights_subject import (
+    PLAN,
+    WithNewHead,
+    assert_equal,
+    make_batch,
+    make_meta,
+    make_optimizer,
+    make_real,
+    save_sharded,
+    train,
+    train_here,
+    write_weights,
+)
 
 import gradwire
-from gradwire_protocol.errors import DataError, ModelError, SettingsError
+from gradwire_protocol.errors import ModelError
 from gradwire_protocol.optimizer_state import tensor_bytes
 from gradwire_protocol.safetensors_format import StoredTensor
-
-WIDTH = 8
-PLAN = gradwire.Plan(stages=2, microbatches=2)
-
-
-class Body(nn.Module):
-    """Weights tied between its ends, a table that no checkpoint has, buffers that training changes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(12, WIDTH)
-        self.first = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.norm = nn.BatchNorm1d(WIDTH)
-        self.second = nn.Linear(WIDTH, WIDTH)
-        self.head = nn.Linear(WIDTH, 12, bias=False)
-        self.head.weight = self.embedding.weight
-        self.unused = nn.Linear(2, 2)
-        self.register_buffer("table", torch.linspace(0.5, 1.5, WIDTH), persistent=False)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        hidden = self.norm(self.first(self.embedding(tokens))) * self.table
-        return self.head(hidden + torch.tanh(self.second(hidden)))
-
-
-class WithNewHead(nn.Module):
-    """A body whose weights come from files, and a head that is new."""
-
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        self.body = body
-        self.classes = nn.Linear(12, 3)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.classes(self.body(tokens))
-
-
-def make_real(make: Callable[[], nn.Module] = Body) -> nn.Module:
-    torch.manual_seed(0)
-    return make().double()
-
-
-def make_meta(make: Callable[[], nn.Module] = Body) -> nn.Module:
-    with gradwire.meta_parameters():
-        return make().double()
-
-
-def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=0.05)
-
-
-def make_batch(seed: int, classes: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(12, (6,), generator=generator), torch.randint(classes, (6,), generator=generator)
-
-
-def state_for_file(model: nn.Module, *, keep: str = "embedding.weight", drop: str = "head.weight") -> dict[str, Any]:
-    """A state dict with the tied tensor under one of its names, as save_file wants it."""
-    assert torch.equal(model.state_dict()[keep], model.state_dict()[drop])
-    return {name: tensor.clone() for name, tensor in model.state_dict().items() if name != drop}
-
-
-def save_sharded(state: dict[str, torch.Tensor], directory: Path, shards: int = 3) -> None:
-    """As Hugging Face's save_pretrained does it."""
-    directory.mkdir(parents=True, exist_ok=True)
-    names = sorted(state)
-    places = {name: f"model-{index % shards:05}-of-{shards:05}.safetensors" for index, name in enumerate(names)}
-    for file in set(places.values()):
-        save_file({name: state[name] for name in names if places[name] == file}, directory / file)
-    index = {"metadata": {}, "weight_map": places}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights of one model in each form, and what must be refused."""
-    root: Path = tmp_path_factory.mktemp("weights")
-    state = state_for_file(make_real())
-    for name in ("whole", "damaged", "pickled", "narrow", "lossy", "misshapen", "missing", "other-name"):
-        (root / name).mkdir()
-    save_file(state, root / "whole/model.safetensors")
-    save_sharded(state, root / "sharded")
-    save_file(
-        state_for_file(make_real(), keep="head.weight", drop="embedding.weight"), root / "other-name/a.safetensors"
-    )
-    save_file(
-        {name: item.float() if item.is_floating_point() else item for name, item in state.items()},
-        root / "narrow/a.safetensors",
-    )
-    save_file(state | {"first.weight": torch.zeros(WIDTH, WIDTH, dtype=torch.int64)}, root / "lossy/a.safetensors")
-    save_file(state | {"first.weight": torch.zeros(WIDTH, 3).double()}, root / "misshapen/a.safetensors")
-    save_file({name: item for name, item in state.items() if name != "second.bias"}, root / "missing/a.safetensors")
-    (root / "damaged/a.safetensors").write_bytes((root / "whole/model.safetensors").read_bytes()[:-9])
-    torch.save(state, root / "pickled/pytorch_model.bin")
+    root = tmp_path_factory.mktemp("weights")
+    write_weights(root)
     return root
 
 
 @pytest.fixture(scope="module")
-def cluster(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[gradwire.LocalCluster]:
-    (root / "leads-out").symlink_to(tmp_path_factory.mktemp("elsewhere"), target_is_directory=True)
+def cluster(root: Path) -> Iterator[gradwire.LocalCluster]:
     with gradwire.local(stage_servers=2, threads=1, weights_root=root) as cluster:
         yield cluster
-
-
-def train(
-    cluster: gradwire.Cluster, model: nn.Module, weights: Any, classes: int = 12, **changes: Any
-) -> tuple[list[float], dict[str, torch.Tensor]]:
-    arguments = {"loss": F.cross_entropy, "example": make_batch(0, classes), "plan": PLAN} | changes
-    with cluster.trainer(model, make_optimizer(model), weights=weights, **arguments) as trainer:
-        losses = [trainer.step(*make_batch(seed, classes)).loss for seed in range(2)]
-        return losses, trainer.state_dict()
-
-
-def train_here(model: nn.Module, classes: int = 12) -> tuple[list[float], dict[str, torch.Tensor]]:
-    optimizer = make_optimizer(model)
-    losses = []
-    for seed in range(2):
-        optimizer.zero_grad()
-        x, y = make_batch(seed, classes)
-        parts = [F.cross_entropy(model(a), b) / 2 for a, b in zip(x.tensor_split(2), y.tensor_split(2), strict=True)]
-        for part in parts:
-            part.backward()
-        losses.append(sum(part.item() for part in parts))
-        optimizer.step()
-    return losses, model.state_dict()
-
-
-def assert_equal(got: tuple[list[float], dict[str, Any]], expected: tuple[list[float], dict[str, Any]]) -> None:
-    assert got[0] == pytest.approx(expected[0], rel=1e-10)
-    assert list(got[1]) == list(expected[1])
-    for name, tensor in expected[1].items():
-        torch.testing.assert_close(got[1][name], tensor, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("where", ["whole", "whole/model.safetensors", "sharded", "other-name"])
@@ -247,52 +138,6 @@ def test_each_tensor_is_read_once_and_sent_once_to_each_server_that_holds_it(
     assert sorted(reads) == ([] if on_server else sorted(in_files))
 
 
-REFUSED = [
-    ("pickled", DataError, r"pytorch_model.bin is a pickle.*safetensors.torch.save_file"),
-    ("damaged", DataError, r"damaged/a.safetensors is not a sound.*truncated"),
-    ("missing", DataError, r"no tensor 'second.bias' in .*missing"),
-    ("misshapen", DataError, r"'first.weight' in .*misshapen/a.safetensors.*shape \[8, 8\].*shape \[8, 3\]"),
-    ("lossy", DataError, r"'first.weight' in .*lossy/a.safetensors.*lose precision.*F64.*I64"),
-]
-
-
-@pytest.mark.parametrize(("where", "error", "message"), REFUSED)
-def test_what_the_client_cannot_use_is_refused_before_a_run_is_made(
-    cluster: gradwire.LocalCluster, root: Path, where: str, error: type[Exception], message: str
-) -> None:
-    runs = len(cluster.status().runs)
-    with pytest.raises(error, match=message):
-        train(cluster, make_meta(), root / where)
-    assert len(cluster.status().runs) == runs
-
-
-@pytest.mark.parametrize(
-    ("where", "error", "message"),
-    [
-        *REFUSED,
-        ("nowhere", SettingsError, "nowhere' is not there"),
-        ("leads-out", SettingsError, "leads out of its root directory through a link"),
-        ("whole/model.safetensors", SettingsError, "is not a directory of weights"),
-        ("../weights", SettingsError, "not a relative path"),
-        ("/etc", SettingsError, "not a relative path"),
-    ],
-)
-def test_what_the_servers_cannot_use_ends_the_run_with_the_reason(
-    cluster: gradwire.LocalCluster, where: str, error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        train(cluster, make_meta(), gradwire.ServerWeights(where))
-
-
-def test_a_model_without_contents_needs_weights(cluster: gradwire.LocalCluster, root: Path) -> None:
-    with pytest.raises(ModelError, match=r"meta device.*first.weight.*give weights="):
-        train(cluster, make_meta(), None)
-    with pytest.raises(ModelError, match=r"meta device.*below their prefix.*first.weight"):
-        train(cluster, make_meta(), gradwire.FileWeights(root / "whole", prefix="body."))
-    with pytest.raises(SettingsError, match="weights is not valid"):
-        train(cluster, make_meta(), 3)
-
-
 def words_loss(output: Any, target: torch.Tensor) -> torch.Tensor:
     # Hugging Face's own loss is computed in float32.
     return F.cross_entropy(output.logits.transpose(1, 2), target)
@@ -353,15 +198,6 @@ def test_a_run_with_weights_from_files_can_be_saved_and_continued(
     for name, tensor in train_here(make_real())[1].items():
         if "unused" not in name or not on_server:
             torch.testing.assert_close(state[name], tensor, rtol=1e-10, atol=1e-10)
-
-
-def test_the_root_of_a_local_cluster_is_a_directory(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="weights_root is not valid"):
-        gradwire.local(weights_root=tmp_path / "nowhere")
-    command = [sys.executable, "-m", "gradwire", "up", "--weights-root", str(tmp_path / "nowhere")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "weights_root is not valid" in done.stderr
 
 
 class Peak:

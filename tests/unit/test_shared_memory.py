@@ -1,121 +1,27 @@
-"""Shared memory between a sender and a receiver, with a real server for the offers: when it is used, and when not."""
+"""Shared memory between a sender and a receiver: what goes through it, how it grows, and how it ends."""
 
-import contextlib
 import gc
 import mmap
 import os
 import socket
 import threading
-import time
-from concurrent import futures
 from pathlib import Path
 
-import grpc
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from shared_pair import KIB, MIB, STREAM, held_resources, pairs
 
-from gradwire_protocol.channels import bind, open_channel
-from gradwire_protocol.errors import ErrorInterceptor, FrameError
+from gradwire_protocol.errors import FrameError
 from gradwire_protocol.handover import Directory
-from gradwire_protocol.shared_block import BlockError
-from gradwire_protocol.v1 import stage_pb2, stage_pb2_grpc
 from gradwire_protocol.v1 import tensors_pb2 as pb
-from gradwire_stage import shared_memory
-from gradwire_stage.shared_memory import SharedMemory, SharedMemorySettings, SharedSender, offers_to, slot_size
-from gradwire_stage.shared_receiver import SharedReceiver
-
-KIB, MIB = 2**10, 2**20
-STREAM = object()
-
-
-class Peer(stage_pb2_grpc.StageServiceServicer):
-    """A server that takes blocks with what `receiver` is at the time."""
-
-    def __init__(self, receiver):
-        self.receiver = receiver
-        self.offers = []
-        self.entered = threading.Event()
-        self.gate = threading.Event()
-        self.gate.set()
-
-    def OfferSharedBlock(self, request, context):
-        self.offers.append(request)
-        self.entered.set()
-        self.gate.wait(10)
-        return self.receiver.take_over(request)
-
-
-class Pair:
-    """Both sides, and what they say."""
-
-    def __init__(
-        self, directory, maximum_bytes=64 * MIB, receiving_directory=None, receiving=True, threshold_bytes=256 * KIB
-    ):
-        self.fallbacks = []
-        self.memory = SharedMemory(
-            SharedMemorySettings(directory=directory, maximum_bytes=maximum_bytes, threshold_bytes=threshold_bytes),
-            self.fallbacks.append,
-        )
-        other = SharedMemorySettings(directory=receiving_directory or directory, maximum_bytes=0)
-        self.receiver = SharedReceiver(SharedMemory(other if receiving else None, pytest.fail), ["a"], 1024 * MIB)
-        self.peer = Peer(self.receiver)
-        self.server = grpc.server(futures.ThreadPoolExecutor(4), interceptors=(ErrorInterceptor(),))
-        self.serve()
-        self.channel = open_channel(self.address)
-        self.sender = self.new_sender()
-
-    def serve(self):
-        stage_pb2_grpc.add_StageServiceServicer_to_server(self.peer, self.server)
-        self.address = bind(self.server, "127.0.0.1:0")
-        self.server.start()
-
-    def new_sender(self, server="a"):
-        about = stage_pb2.OfferSharedBlockRequest(run="r", generation=1, server=server)
-        return SharedSender(self.memory, about, "the peer", offers_to(self.channel))
-
-    def send(self, size, seed=0):
-        """Return (what was sent, where it is); the latter is None if it has to go in chunks."""
-        payload = memoryview(np.random.default_rng(seed).integers(0, 256, size, np.uint8))
-        header = pb.TensorHeader(tensor=pb.TensorInfo(size_bytes=size))
-        placed = self.sender.place(header, payload)
-        assert placed == header.tensor.HasField("shared")
-        return payload, (header.tensor.shared if placed else None)
-
-    def passes(self, size, seed=0):
-        """Send and take; return whether it went through shared memory."""
-        sent, shared = self.send(size, seed)
-        return shared is not None and self.receiver.payload(shared, size, STREAM) == sent
-
-    def close(self):
-        self.peer.gate.set()
-        self.sender.close()
-        self.receiver.close()
-        self.channel.close()
-        self.server.stop(None).wait()
+from gradwire_stage.shared_memory import SharedMemory, SharedMemorySettings, slot_size
 
 
 @pytest.fixture
 def make(tmp_path):
-    with contextlib.ExitStack() as stack:
-
-        def made(*arguments, **options):
-            pair = Pair(tmp_path, *arguments, **options)
-            stack.callback(pair.close)
-            return pair
-
+    with pairs(tmp_path) as made:
         yield made
-
-
-def held_resources():
-    """(Mappings, descriptors) of blocks in this process."""
-    mappings = sum("memfd:gradwire" in line for line in Path("/proc/self/maps").read_text().splitlines())
-    descriptors = 0
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):
-            descriptors += "memfd:gradwire" in os.readlink(f"/proc/self/fd/{name}")
-    return mappings, descriptors
 
 
 def test_large_payloads_go_through_memory_and_small_ones_do_not(make):
@@ -188,115 +94,6 @@ def test_the_limit_holds_whatever_is_reserved(wanted, maximum_bytes):
     assert memory.size_bytes == 0
 
 
-def assert_refused(pair, reason):
-    """One offer, one count: what follows goes in chunks and asks no more."""
-    offers = len(pair.peer.offers)
-    for _ in range(3):
-        assert pair.send(MIB)[1] is None
-    assert pair.fallbacks == [reason]
-    assert len(pair.peer.offers) - offers <= 1
-    assert pair.memory.size_bytes == 0
-    assert held_resources() == (0, 0)
-    private = pair.memory.settings.directory / f"gradwire-shared-{os.geteuid()}"
-    assert not private.is_dir() or os.listdir(private) == []
-
-
-def test_a_receiver_that_sees_other_files_is_another_host(make, tmp_path_factory):
-    assert_refused(make(receiving_directory=tmp_path_factory.mktemp("other")), "other-host")
-
-
-def test_a_receiver_that_has_it_switched_off_says_so(make):
-    assert_refused(make(receiving=False), "off")
-
-
-def test_a_receiver_that_cannot_says_so(make, monkeypatch):
-    pair = make()
-    monkeypatch.setattr("gradwire_stage.shared_receiver.unsupported", lambda: "no such thing here")
-    assert_refused(pair, "unsupported")
-
-
-def test_a_sender_that_cannot_does_not_ask(make, monkeypatch):
-    pair = make()
-    monkeypatch.setattr(shared_memory, "unsupported", lambda: "no such thing here")
-    assert_refused(pair, "unsupported")
-    assert not pair.peer.offers
-
-
-def test_a_sender_that_has_it_switched_off_does_not_ask(make):
-    pair = make()
-    pair.memory.settings = None
-    pair.sender = pair.new_sender()
-    assert not pair.passes(MIB)
-    assert not pair.peer.offers
-    assert not pair.fallbacks
-
-
-def test_a_peer_that_does_not_know_the_call_gets_chunks(make, monkeypatch):
-    class Old(Pair):
-        def serve(self):
-            self.address = bind(self.server, "127.0.0.1:0")
-            self.server.start()
-
-    monkeypatch.setitem(globals(), "Pair", Old)
-    assert_refused(make(), "unsupported")
-
-
-def test_a_server_that_is_no_peer_of_the_run_is_refused(make):
-    pair = make()
-    pair.sender = pair.new_sender("b")
-    assert_refused(pair, "other-run")
-
-
-def test_a_run_that_has_ended_takes_no_blocks(make):
-    pair = make()
-    pair.receiver.close()
-    assert_refused(pair, "other-run")
-
-
-def test_a_peer_that_says_yes_without_looking_is_not_believed(make):
-    class Liar:
-        def take_over(self, request):
-            return stage_pb2.OfferSharedBlockReply(accepted=True)
-
-    pair = make()
-    pair.peer.receiver = Liar()
-    assert_refused(pair, "failed")
-
-
-def test_a_peer_that_does_not_answer_costs_a_limited_wait(make, monkeypatch):
-    monkeypatch.setattr(shared_memory, "_OFFER_SECONDS", 0.2)
-    pair = make()
-    pair.peer.gate.clear()
-    start = time.monotonic()
-    assert_refused(pair, "failed")
-    assert time.monotonic() - start < 2
-
-
-def test_closing_the_channel_ends_an_offer_at_once(make):
-    pair = make()
-    pair.peer.gate.clear()
-    results = []
-    thread = threading.Thread(target=lambda: results.append(pair.send(MIB)[1]))
-    thread.start()
-    assert pair.peer.entered.wait(5)
-    start = time.monotonic()
-    pair.sender.close()
-    pair.channel.close()
-    thread.join(5)
-    assert time.monotonic() - start < 1
-    assert results == [None]
-    assert not pair.fallbacks  # nothing was refused
-    assert pair.memory.size_bytes == 0
-
-
-def test_a_directory_that_cannot_be_used_is_a_reason_not_a_failure(make, tmp_path):
-    (tmp_path / f"gradwire-shared-{os.geteuid()}").write_text("in the way")
-    pair = make()
-    pair.memory.sweep()
-    assert pair.send(MIB)[1] is None
-    assert pair.fallbacks == ["not-allowed"]
-
-
 def test_a_start_sweeps_what_the_killed_have_left(make, tmp_path):
     pair = make()
     with Directory(tmp_path) as directory, socket.socket(socket.AF_UNIX) as abandoned:
@@ -304,24 +101,6 @@ def test_a_start_sweeps_what_the_killed_have_left(make, tmp_path):
     pair.memory.sweep()
     assert os.listdir(tmp_path / f"gradwire-shared-{os.geteuid()}") == []
     SharedMemory.off().sweep()
-
-
-def test_memory_that_cannot_be_had_is_a_reason_not_a_failure(make, monkeypatch):
-    def no_space(*arguments):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", no_space)
-    assert_refused(make(), "failed")
-
-
-def test_a_receiver_without_room_for_it_gets_chunks(make, monkeypatch):
-    def no_memory(block, descriptor, *others):
-        os.close(descriptor)
-        raise BlockError("failed", "cannot be mapped: out of memory")
-
-    monkeypatch.setattr("gradwire_stage.shared_receiver.PeerBlock.__init__", no_memory)
-    pair = make()
-    assert_refused(pair, "failed")
 
 
 def test_only_the_stream_that_came_first_may_use_a_block(make):
@@ -361,44 +140,6 @@ def test_after_the_run_has_ended_there_are_no_payloads_and_no_errors(make):
     assert pair.receiver.payload(shared, MIB, STREAM) is None
     pair.sender.close()
     assert held_resources() == (0, 0)
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"slots": 0}, "limit"),
-        ({"slots": 257}, "limit"),
-        ({"slot_bytes": 2**40}, "limit"),
-        ({"slot_bytes": 0}, "limit"),
-        ({"slot_bytes": mmap.PAGESIZE + 1}, "failed"),
-        ({"slot_bytes": 2 * MIB}, "failed"),  # not what the memory has
-        ({"ticket": b"short"}, "failed"),
-        ({"ticket": bytes(16)}, "failed"),  # not the one that the sender waits for
-        ({"socket": "/run/docker.sock"}, "failed"),
-        ({"server": ""}, "other-run"),
-    ],
-)
-def test_offers_that_are_not_true_are_refused(make, change, reason):
-    pair = make()
-    offer = pair.sender._offer
-
-    def false(request):
-        for name, value in change.items():
-            setattr(request, name, value)
-        return offer(request)
-
-    pair.sender._offer = false
-    assert_refused(pair, reason)
-
-
-def test_a_peer_cannot_have_more_blocks_mapped_than_its_streams_need(make):
-    pair = make(maximum_bytes=10**9)
-    senders = [pair.new_sender() for _ in range(33)]
-    for index, pair.sender in enumerate(senders):
-        assert pair.passes(256 * KIB) == (index < 32)
-    assert pair.fallbacks == ["limit"]
-    for sender in senders:
-        sender.close()
 
 
 def test_nothing_grows_over_thousands_of_messages(make):
