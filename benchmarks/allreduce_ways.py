@@ -123,8 +123,8 @@ class _Replica:
             parameter.grad = gradient
         micro_batches = [run_pb2.MicroBatch(index=rank, replica=rank, rows=1) for rank in range(len(self.peers))]
         step = run_pb2.TrainStep(step=self._entry, micro_batches=micro_batches)
-        run.exchange.begin(Timeline(HostClock()), self._entry, step, [Action(0, REDUCE, 0)])
-        run.exchange.finish()
+        run.agreement.begin(Timeline(HostClock()), self._entry, step, [Action(0, REDUCE, 0)])
+        run.agreement.reduce()
         run.mailbox.finish(self._entry)
         for parameter in run.parameters.values():
             parameter.grad = None

@@ -24,6 +24,7 @@ from gradwire_protocol.gradient_codecs import parse_compression
 from gradwire_protocol.optimizer_state import OptimizerState
 from gradwire_protocol.program import Action, program_from_proto
 from gradwire_protocol.v1 import graph_pb2, run_pb2, stage_pb2, tensors_pb2
+from gradwire_stage.exchange.agreement import StepEnd
 from gradwire_stage.move_checks import check_moves
 from gradwire_stage.program_checks import check_program
 
@@ -284,16 +285,13 @@ def check_entry(
     generation: int,
     number: int | None,
     stages: Mapping[int, Sequence[int]],
-    replica: int = 0,
-    reduces: bool = False,
-    gathers: bool = False,
-    averages: bool = False,
-    updates: bool = True,
+    replica: int,
+    end: StepEnd,
 ) -> list[Action]:
     """Check an entry and its program; return the program.
 
     `number` is the one that must come, None before the first. `stages`: those that have a segment here, by graph.
-    reduces, gathers, averages, updates: as for `check_program`.
+    end: of a training step here.
     """
     entry = request.entry
     if request.run != run or entry.generation != generation:
@@ -334,14 +332,7 @@ def check_entry(
     )
     own = [item.index for item in micro_batches if item.replica == replica]
     active = stages.get(_GRAPH_OF_ENTRY[kind], ())
-    check_program(
-        *(program, active, own),
-        train=kind == "train_step",
-        reduces=reduces,
-        gathers=gathers,
-        averages=averages,
-        updates=updates,
-    )
+    check_program(program, active, own, end=end if kind == "train_step" else None)
     return program
 
 

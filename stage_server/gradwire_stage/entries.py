@@ -45,8 +45,8 @@ def run_entry(
     if run.kept is not None and kind != "new_plan":
         raise FrameError("The state was not taken over yet", expected="a NewPlan entry first", got=str(kind))
     run.mailbox.begin(entry.number, training=kind == "train_step")
-    if run.pushes is not None and kind != "train_step":
-        run.pushes.settle(timeline)
+    if kind != "train_step":
+        run.agreement.settle(timeline)
     match kind:
         case "load_state":
             _load_state(run, timeline, entry.number, entry.load_state)
@@ -92,19 +92,14 @@ def _train_step(
     )
     gradients = Gradients(run, timeline, passes, entry=entry.number, step=step)
     loss_stage = run.loss_stage.get(graph_pb2.GRAPH_KIND_TRAIN)
-    exchange = run.exchange
-    if exchange is not None:
-        exchange.begin(timeline, entry.number, step, program)
-    if run.local_steps is not None:
-        run.local_steps.begin()
-    pushes = run.pushes
-    if pushes is not None:
-        pushes.begin(program)
+    agreement = run.agreement
+    agreement.begin(timeline, entry.number, step, program)
+    gradients.send_weight()
     for action, following in itertools.zip_longest(program, program[1:]):
         run.check()
         run.progress.begin(action)
-        if exchange is not None and action.kind in kinds.OF_MICRO_BATCH:
-            exchange.before(action)
+        if action.kind in kinds.OF_MICRO_BATCH:
+            agreement.before(action)
         match action.kind:
             case kinds.FORWARD:
                 # Where the backward comes next, keeping takes no more memory at the peak than running it again would.
@@ -126,13 +121,11 @@ def _train_step(
             case kinds.UPDATE:
                 gradients.update()
             case kinds.GATHER:
-                gradients.gather()
+                agreement.gather()
             case kinds.AVERAGE:
-                gradients.average()
-        if exchange is not None and action.kind in kinds.OF_MICRO_BATCH:
-            exchange.after(action)
-        elif pushes is not None and action.kind in kinds.OF_MICRO_BATCH:
-            pushes.after(timeline, entry.number, action)
+                agreement.average()
+        if action.kind in kinds.OF_MICRO_BATCH:
+            agreement.after(action)
         run.progress.advance()
     timeline.switch(phases.ENCODE)
     report.losses.extend(passes.loss_parts())
@@ -193,20 +186,15 @@ def _load_state(run: RunState, timeline: Timeline[Any], entry: int, load: run_pb
     for item in load.optimizer_state:
         if item.parameter in run.parameters:
             key = Key(entry, 0, item.parameter, pb.DIRECTION_STATE, 0, item.state)
-            value: StateValue | None = take_state(run, timeline, key) if stored is None else stored.state(item)
-            if run.exchange is not None and run.exchange.sharding is not None and value is not None:
-                value = run.exchange.sharding.own_state(item.parameter, run.parameters[item.parameter], value)
-            elif item.parameter not in run.updated:
-                value = None  # its parameter server has it
-            if value is not None:
-                states.setdefault(item.parameter, {})[item.state] = value
+            value = take_state(run, timeline, key) if stored is None else stored.state(item)
+            own = run.agreement.own_state(item.parameter, value)
+            if own is not None:
+                states.setdefault(item.parameter, {})[item.state] = own
             run.progress.advance()
     if stored is not None:
         _pass_on(run, timeline, entry, stored)
     run.optimizer.restore(states)
-    for kept in (run.exchange, run.local_steps, run.pushes, run.shard):
-        if kept is not None:
-            kept.forget()
+    run.agreement.forget()
     run.weight_version = load.weight_version
 
 
@@ -222,7 +210,7 @@ def _fetch_state(run: RunState, timeline: Timeline[Any], entry: int, *, optimize
     """Copy what the state dict holds and this server owns, for the client to collect; and the optimizer's state."""
     run.progress.doing = "copying the model's state"
     timeline.switch(phases.ENCODE)
-    names = [name for name in run.tensors if is_saved(run.placements[name].spec) and run.holds_for_files(name)]
+    names = [name for name in run.tensors if is_saved(run.placements[name].spec) and run.owns(name)]
     shared = SharedState(run, timeline, entry)
     if not run.places.leads:
         if optimizer_state:

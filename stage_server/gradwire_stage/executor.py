@@ -64,10 +64,7 @@ class Executor:
             number=self._next_number,
             stages=self.run.active_stages,
             replica=self.run.replica,
-            reduces=self.run.reduces,
-            gathers=self.run.gathers,
-            averages=self.run.local_steps is not None,
-            updates=self.run.pushes is None,
+            end=self.run.agreement.end,
         )
         if self._entries.qsize() >= MAXIMUM_OPEN_ENTRIES:
             raise LimitExceeded("Too many entries are open", expected=f"{MAXIMUM_OPEN_ENTRIES} at most")

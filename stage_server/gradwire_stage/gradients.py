@@ -42,7 +42,8 @@ class Gradients:
     def send_weight(self) -> None:
         """Send the weight of this replica's losses to all other servers, once it is known here.
 
-        After each forward of the last stage; where there is none in this step, before the division.
+        Before the first action, which is when a replica without micro-batches knows, and after each forward of the last
+        stage.
         """
         run = self._run
         if (
@@ -63,17 +64,9 @@ class Gradients:
         The same bits everywhere.
         """
         run, timeline = self._run, self._timeline
-        if run.exchange is not None:
-            run.exchange.finish()
-        elif run.pushes is not None:
-            self.send_weight()
-            run.pushes.finish(timeline, self._entry, self._step.micro_batches)
-            return
-        elif run.shard is not None:
-            run.shard.collect(timeline, self._entry)
-            return
+        run.agreement.reduce()
         timeline.switch(phases.ENCODE)
-        tied = [(name, holders) for name in run.parameters if len(holders := run.holders[name]) > 1]
+        tied = [(name, holders) for name in run.agreement.updated if len(holders := run.holders[name]) > 1]
         for name, holders in tied:
             others = [server for _, server in holders if server != run.server]
             gradient = run.parameters[name].grad
@@ -114,38 +107,22 @@ class Gradients:
         self._divide()
         timeline.switch(phases.UPDATE)
         kept = self._copies() if self._step.return_gradients else {}
-        if run.shard is not None:
-            run.shard.before_update()
+        run.agreement.before_update()
         run.optimizer.set_hyperparameters(self._step.hyperparameters.groups)
         run.optimizer.step()
-        for tensor in run.updated.values():
+        for tensor in run.agreement.updated.values():
             tensor.grad = None
         run.weight_version = self._step.step
         timeline.switch(phases.ENCODE)
         for name, gradient in kept.items():
             put_result(run, timeline, self._entry, run.result(self._entry, 0, name, gradient, stage=run.first_stage))
 
-    def gather(self) -> None:
-        """Bring the weights to all who hold them: of other replicas' parts, or of parameter servers."""
-        run = self._run
-        if run.exchange is not None:
-            run.exchange.gather_weights()
-        elif run.pushes is not None:
-            run.pushes.pull(self._timeline, self._entry, self._step.step)
-        elif run.shard is not None:
-            run.shard.spread(self._timeline, self._entry)
-
-    def average(self) -> None:
-        """Have replicas that have trained alone go on from the same weights."""
-        if self._run.local_steps is not None:
-            self._run.local_steps.average(self._timeline, self._entry, self._step.step)
-
     def gradient_norm(self) -> float | None:
         """Return the norm before clipping; None if it was not asked for. Waits for the device."""
         return None if self._norm is None else self._run.device.numbers([self._norm])[0]
 
     def _all(self) -> list[torch.Tensor]:
-        return [tensor.grad for tensor in self._run.updated.values() if tensor.grad is not None]
+        return [tensor.grad for tensor in self._run.agreement.updated.values() if tensor.grad is not None]
 
     def _sum(self, name: str, parts: list[torch.Tensor]) -> torch.Tensor | None:
         if not parts:
@@ -168,7 +145,6 @@ class Gradients:
         if self._divided:
             return
         self._divided = True
-        self.send_weight()
         weight = self._total_weight()
         self._timeline.switch(phases.UPDATE)
         for gradient in self._all():
@@ -205,8 +181,8 @@ class Gradients:
             torch.linalg.vector_norm(
                 torch.view_as_real(gradient) if gradient.is_complex() else gradient, dtype=torch.float64
             )
-            for name, tensor in self._run.updated.items()
-            if (gradient := tensor.grad) is not None and self._run.counts(name)
+            for name, tensor in self._run.agreement.updated.items()
+            if (gradient := tensor.grad) is not None and self._run.agreement.counts(name)
         ]
         if not norms:
             return torch.zeros((), dtype=torch.float64, device=self._run.device.torch_device)
@@ -218,7 +194,7 @@ class Gradients:
     def _copies(self) -> dict[str, torch.Tensor | None]:
         """Copy the gradients that the client collects here, before the optimizer may write to them."""
         run = self._run
-        shared = {} if run.exchange is None else run.exchange.gather_gradients()
+        shared = run.agreement.whole_gradients()
         return {
             name: shared[name] if name in shared else None if (gradient := tensor.grad) is None else gradient.clone()
             for name, tensor in run.parameters.items()

@@ -93,8 +93,7 @@ class Passes:
             if isinstance(value, torch.Tensor) and value.requires_grad:
                 wanted.append(source)
         timeline.switch(phases.FORWARD)
-        replicated = self._run.exchange or self._run.pushes
-        buffers = replicated.buffers if replicated is not None and self._record else None
+        buffers = self._run.agreement.buffers if self._record else None
         before = {} if buffers is None else buffers.versions()
         made = segment.forward(values, step=self._step, micro_batch=micro_batch, record=self._record, keep=keep)
         if buffers is not None:

@@ -50,7 +50,12 @@ class Places:
         self.norm_servers = sorted((peer.replica, peer.stages[0], peer.server) for peer in helpers or shared)
 
     def holders(self, stages: Sequence[int]) -> tuple[tuple[int, str], ...]:
-        """First holding stage and name of each server of this pipeline that holds a tensor, in stage order."""
+        """First holding stage and name of each server of this pipeline that holds a tensor, in stage order.
+
+        A parameter server adds up what all of them push: it holds alone what it has.
+        """
+        if self.is_parameter_server:
+            return ((self.first_stages[self.own], self.own),)
         first: dict[str, int] = {}
         for stage in stages:
             first.setdefault(self.server_of_stage[stage], stage)

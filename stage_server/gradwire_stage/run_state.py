@@ -21,8 +21,6 @@ from gradwire_protocol.checksums import check_available
 from gradwire_protocol.delivery import Delivered
 from gradwire_protocol.errors import FrameError, GradwireError
 from gradwire_protocol.frames import Message
-from gradwire_protocol.gradient_codecs import parse_compression
-from gradwire_protocol.optimizer_state import NEED_WHOLE_PARAMETERS
 from gradwire_protocol.torch_tensors import TORCH_TYPES, dense
 from gradwire_protocol.v1 import graph_pb2, stage_pb2
 from gradwire_protocol.v1 import tensors_pb2 as pb
@@ -34,9 +32,7 @@ from gradwire_stage.checkpoint_writer import CheckpointWriter
 from gradwire_stage.checks import check_bounds, check_memory, check_prepare
 from gradwire_stage.codecs.registry import unpack
 from gradwire_stage.device import Device
-from gradwire_stage.exchange.exchange import ReplicaExchange
-from gradwire_stage.exchange.local_steps import LocalSteps
-from gradwire_stage.exchange.parameter_server import ParameterShard, Pushes
+from gradwire_stage.exchange.agreements import make_agreement
 from gradwire_stage.headers import Value, make_header
 from gradwire_stage.kept_state import KeptState
 from gradwire_stage.keys import FROM_CLIENT, Key
@@ -138,21 +134,8 @@ class RunState:
         self.routes = routes_of(request, self.places.server_of_stage)
         # The stage that makes the loss, by graph, where it is here.
         self.loss_stage = {segment.graph: segment.stage for segment in request.segments if segment.loss}
-        # How this server agrees with replicas, if there are any: by one of these at the most.
-        agreement = self._agreement(request)
-        self.exchange = agreement if isinstance(agreement, ReplicaExchange) else None
-        self.local_steps = agreement if isinstance(agreement, LocalSteps) else None
-        self.pushes = agreement if isinstance(agreement, Pushes) else None
-        self.shard = agreement if isinstance(agreement, ParameterShard) else None
-        # What the optimizer of this replica updates: parameters, or slices of them.
-        self.updated = dict(self.parameters)
-        if self.exchange is not None and self.exchange.sharding is not None:
-            for name in self.exchange.sharding.names:
-                del self.updated[name]
-            self.updated |= self.exchange.sharding.slices
-        elif self.pushes is not None:
-            self.updated.clear()
-        self.optimizer = StageOptimizer(request.optimizer, self.updated)
+        self.agreement = make_agreement(self, request)
+        self.optimizer = StageOptimizer(request.optimizer, self.agreement.updated)
         # Of the generation before, until the first entry has taken it over.
         self.kept = kept
         self.weight_version = 0 if kept is None else kept.weight_version
@@ -200,23 +183,6 @@ class RunState:
         )
         self.metrics.start()
         self.metrics.parameter_bytes(self.state_bytes)
-
-    def _agreement(
-        self, request: stage_pb2.PrepareRequest
-    ) -> ReplicaExchange | LocalSteps | Pushes | ParameterShard | None:
-        """Return what this server agrees with replicas by; None where there is nobody to agree with."""
-        places = self.places
-        if len(places.replica_servers) < 2 and not places.parameter_servers:
-            return None
-        codec = parse_compression(request.compression)
-        if places.is_parameter_server:
-            return ParameterShard(self, request, codec)
-        if places.parameter_servers:
-            return Pushes(request.segments, self, codec, request.staleness)
-        if request.HasField("local_steps"):
-            return LocalSteps(request.segments, self, codec, request.local_steps)
-        whole = request.optimizer.name in NEED_WHOLE_PARAMETERS
-        return ReplicaExchange(request.segments, self, codec, shard=request.shard_optimizer, whole=whole)
 
     def note_frame(self, direction: pb.Direction) -> None:
         """Count a frame that has come: a large message on a slow link is progress, too."""
@@ -336,51 +302,24 @@ class RunState:
     def free(self) -> None:
         """Let go of everything that takes memory, and of the run's metrics. After the compute thread's last use."""
         self.kept = None
-        if self.exchange is not None:
-            self.exchange.close()
-        if self.local_steps is not None:
-            self.local_steps.close()
-        for kept in (self.pushes, self.shard):
-            if kept is not None:
-                kept.forget()
+        self.agreement.close()
         self.segments.clear()
         self.tensors.clear()
         self.parameters.clear()
-        self.updated.clear()
         self.optimizer.close()
         self.metrics.remove()
 
     def owns(self, name: str) -> bool:
-        """Whether this server is the first of its pipeline that holds a tensor."""
-        return self.holders[name][0][1] == self.server
+        """Whether a tensor is this server's to count and to give away: of its pipeline, the first that holds it.
 
-    @property
-    def reduces(self) -> bool:
-        """Whether a training step here cannot do without REDUCE."""
-        return self.exchange is not None or self.pushes is not None or self.shard is not None
-
-    @property
-    def gathers(self) -> bool:
-        """Whether a training step here ends with GATHER."""
-        shards = self.exchange is not None and self.exchange.sharding is not None
-        return shards or self.pushes is not None or self.shard is not None
-
-    def holds_for_files(self, name: str) -> bool:
-        """Whether this server of its replica is the one that gives a tensor to files: its updater, or first holder."""
+        What a parameter server updates is that one's.
+        """
         updater = self.placements[name].parameter_server
-        return updater == self.server if updater else self.owns(name)
-
-    def counts(self, name: str) -> bool:
-        """Whether what this server updates of a tensor is in its part of the norm."""
-        if self.shard is not None:
-            return True
-        sharding = None if self.exchange is None else self.exchange.sharding
-        # Where replicas share the norm, what all of them update counts at one of them.
-        return self.owns(name) and (sharding is None or name in sharding.names or self.places.leads)
+        return (updater or self.holders[name][0][1]) == self.server
 
     def answers_for(self, name: str) -> bool:
         """Whether this server gives a tensor to the client and to checkpoints: one of all servers does."""
-        return self.places.leads and self.holds_for_files(name)
+        return self.places.leads and self.owns(name)
 
     def _content(self, message: Message) -> Incoming:
         header = message.header

@@ -36,7 +36,7 @@ def save_state(
     keys = {
         name: key
         for name in run.tensors
-        if (key := save.keys.get(name, name)) and run.holds_for_files(name) and is_saved(run.placements[name].spec)
+        if (key := save.keys.get(name, name)) and run.owns(name) and is_saved(run.placements[name].spec)
     }
     shared = SharedState(run, timeline, entry.number)
     if not run.places.leads:

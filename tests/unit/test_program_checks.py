@@ -6,6 +6,7 @@ import pytest
 
 from gradwire_protocol.errors import PlanError
 from gradwire_protocol.program import parse_program
+from gradwire_stage.exchange.agreement import StepEnd
 from gradwire_stage.program_checks import check_program
 
 
@@ -19,7 +20,7 @@ from gradwire_stage.program_checks import check_program
     ],
 )
 def test_programs_of_steps(program: str) -> None:
-    check_program(parse_program(program), [0], [0, 1], train=True)
+    check_program(parse_program(program), [0], [0, 1], end=StepEnd())
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ def test_programs_of_steps(program: str) -> None:
 )
 def test_wrong_programs_of_steps(program: str) -> None:
     with pytest.raises(PlanError, match="does not do what its entry needs") as caught:
-        check_program(parse_program(program), [0], [0, 1], train=True)
+        check_program(parse_program(program), [0], [0, 1], end=StepEnd())
     assert "each of 2 micro-batches F, then B, or I and later W" in str(caught.value)
 
 
@@ -71,9 +72,9 @@ def test_wrong_programs_of_steps(program: str) -> None:
     ],
 )
 def test_how_steps_of_several_replicas_end(rules: dict[str, bool], end: str) -> None:
-    check_program(parse_program(f"0F0 0B0 {end}"), [0], [0], train=True, **rules)
+    check_program(parse_program(f"0F0 0B0 {end}"), [0], [0], end=StepEnd(**rules))
     # Also for a replica without a micro-batch.
-    check_program(parse_program(end), [0], [], train=True, **rules)
+    check_program(parse_program(end), [0], [], end=StepEnd(**rules))
 
 
 @pytest.mark.parametrize(
@@ -101,19 +102,19 @@ def test_how_steps_of_several_replicas_end(rules: dict[str, bool], end: str) -> 
 )
 def test_steps_of_several_replicas_that_end_wrongly(rules: dict[str, bool], end: str, expected: str) -> None:
     with pytest.raises(PlanError, match="does not do what its entry needs") as caught:
-        check_program(parse_program(f"0F0 0B0 {end}"), [0], [0], train=True, **rules)
+        check_program(parse_program(f"0F0 0B0 {end}"), [0], [0], end=StepEnd(**rules))
     assert caught.value.expected.endswith(expected)
 
 
 def test_what_ends_a_step_is_not_for_passes_that_only_go_forward() -> None:
     for end in ("REDUCE", "GATHER", "AVERAGE"):
         with pytest.raises(PlanError, match="F only"):
-            check_program(parse_program(f"0F0 {end}"), [0], [0], train=False, reduces=True, gathers=True, averages=True)
+            check_program(parse_program(f"0F0 {end}"), [0], [0], end=None)
 
 
 def test_programs_that_only_go_forward() -> None:
-    check_program(parse_program("0F0 2F0 0F1 2F1"), [0, 2], [0, 1], train=False)
-    check_program([], [], [0, 1], train=False)  # no segment here
+    check_program(parse_program("0F0 2F0 0F1 2F1"), [0, 2], [0, 1], end=None)
+    check_program([], [], [0, 1], end=None)  # no segment here
     for wrong in ("0F0 2F0 0F1", "0F0 2F0 0F1 2F1 0B0", "0F0 2F0 0F1 2F1 UPDATE", "0F0 2F0 0F1 2F1 0I0 0W0"):
         with pytest.raises(PlanError, match="F only"):
-            check_program(parse_program(wrong), [0, 2], [0, 1], train=False)
+            check_program(parse_program(wrong), [0, 2], [0, 1], end=None)

@@ -7,29 +7,12 @@ same bits. Every member encodes each part once a step, hence one remainder the s
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 
-from gradwire_protocol.errors import FrameError
-from gradwire_protocol.gradient_codecs import GradientCodec, encoded_bytes
 from gradwire_stage.exchange import collectives
 from gradwire_stage.exchange.collectives import Group, Receive, Ring, Steps, all_gather
-from gradwire_stage.exchange.feedback import Kept, keep_difference, work_type
-
-
-@dataclass(frozen=True, slots=True)
-class ElementCodec:
-    """A codec of flat tensors of one element or more, on whatever device they are."""
-
-    name: str
-    # From elements (flat, float32 or float64) to bytes (flat, uint8).
-    encode: Callable[[torch.Tensor], torch.Tensor]
-    # From such bytes to elements of the type wanted, in memory of their own.
-    decode: Callable[[torch.Tensor, torch.dtype], torch.Tensor]
-    # Gradients of elements no larger than this gain nothing, and go round as they are.
-    element_bytes: int
+from gradwire_stage.exchange.element_codec import ElementCodec
+from gradwire_stage.exchange.feedback import Kept, work_type
 
 
 class EncodedRing:
@@ -37,24 +20,25 @@ class EncodedRing:
 
     def __init__(self, codec: ElementCodec) -> None:
         self._codec = codec
-        self._settings = GradientCodec(codec.name)
         self._residual = Kept()
 
     def all_reduce(self, group: Group, gradient: torch.Tensor, step: int) -> Steps[torch.Tensor]:
         ring = Ring(group)
-        if ring.size == 1 or gradient.element_size() <= self._codec.element_bytes:
+        if ring.size == 1 or not self._codec.shrinks(gradient.dtype):
             exact = yield from collectives.all_reduce(group, gradient)
             return exact
         own = gradient.tensor_split(ring.size)
         kept = self._residual.like(gradient).tensor_split(ring.size)
         place = ring.place
-        payload, sent = self._encode(own[place] + kept[place], kept[place])
+        payload, sent = self._codec.send(own[place] + kept[place], kept[place])
         for hop in range(ring.size - 1):
             group.send(ring.next, f"s{hop}", payload)
             place = ring.passing(hop + 1)
             received = yield Receive(ring.before, f"s{hop}")
-            partial = self._decode(received, own[place].numel(), work_type(gradient.dtype), ring.before)
-            payload, sent = self._encode(partial.add_(own[place]).add_(kept[place]), kept[place])
+            partial = self._codec.receive(
+                received, own[place].numel(), work_type(gradient.dtype), f"member {ring.before}"
+            )
+            payload, sent = self._codec.send(partial.add_(own[place]).add_(kept[place]), kept[place])
         payloads = yield from all_gather(group, payload)
         total = torch.empty_like(gradient)
         parts = total.tensor_split(ring.size)
@@ -62,29 +46,8 @@ class EncodedRing:
         for sender, payload in enumerate(payloads):
             if sender != ring.place:
                 part = parts[(sender + 1) % ring.size]
-                part.copy_(self._decode(payload, part.numel(), part.dtype, group.members[sender]))
+                part.copy_(self._codec.receive(payload, part.numel(), part.dtype, f"member {group.members[sender]}"))
         return total
 
     def state(self) -> dict[str, torch.Tensor]:
         return self._residual.state("residual")
-
-    def _encode(self, wanted: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the bytes, and what others make of them; keep the rest."""
-        if not wanted.numel():
-            return wanted.new_empty(0, dtype=torch.uint8), wanted
-        payload = self._codec.encode(wanted)
-        sent = self._codec.decode(payload, wanted.dtype)
-        keep_difference(wanted, sent, kept)
-        return payload, sent
-
-    def _decode(self, payload: torch.Tensor, elements: int, data_type: torch.dtype, member: int) -> torch.Tensor:
-        expected = encoded_bytes(self._settings, (elements,), data_type.itemsize)
-        if payload.dtype != torch.uint8 or payload.shape != (expected,):
-            raise FrameError(
-                f"A part of the gradients that member {member} sent does not fit",
-                expected=f"{expected} bytes for {elements} elements",
-                got=f"shape {list(payload.shape)}, {payload.dtype}",
-            )
-        if not elements:
-            return payload.new_empty(0, dtype=data_type)
-        return self._codec.decode(payload, data_type)

@@ -21,47 +21,54 @@ from gradwire_protocol.errors import InternalError
 from gradwire_protocol.gradient_codecs import GradientCodec, parse_compression
 from gradwire_protocol.program import Action
 from gradwire_protocol.v1 import run_pb2, stage_pb2
+from gradwire_stage.exchange.agreement import Agreement, StepEnd
 from gradwire_stage.exchange.buckets import make_buckets
 from gradwire_stage.exchange.reducers import Reducer, make_reducer
 from gradwire_stage.exchange.sharding import Sharding
 from gradwire_stage.exchange.statistics import ReplicaBuffers
 from gradwire_stage.exchange.step import StepExchange
+from gradwire_stage.optimizer import StateValue
 from gradwire_stage.timeline import Timeline
 
 if TYPE_CHECKING:
     from gradwire_stage.run_state import RunState
 
 
-class ReplicaExchange:
-    """Makes the replicas of this server agree on gradients, step after step. For the compute thread.
+class ReplicaExchange(Agreement):
+    """Makes the replicas of this server agree on gradients, step after step.
 
-    Under a lossy codec it keeps from step to step what was lost (error feedback). `sharding`: where each replica
-    updates a part of the parameters only; None: all of them.
+    Under a lossy codec it keeps from step to step what was lost (error feedback).
     """
 
     def __init__(
         self,
-        segments: Sequence[stage_pb2.Segment],
         run: RunState,
+        segments: Sequence[stage_pb2.Segment],
         codec: GradientCodec,
         *,
         shard: bool,
         whole: bool,
     ) -> None:
         """shard: the optimizer's state; whole: it needs whole parameters for that."""
-        self._run = run
+        super().__init__(run)
+        self.end = StepEnd(reduces=True, gathers=shard)
         self._codec = codec
         tied = {name for name, holders in run.holders.items() if len(holders) > 1}
         self._buckets = make_buckets(segments, run.parameters, tied=tied)
-        self.sharding: Sharding | None = None
+        # Where each replica updates a part of the parameters only; None: all of them.
+        self._sharding: Sharding | None = None
         if shard:
             places = list(run.places.replica_servers)
-            self.sharding = Sharding(
+            sharding = Sharding(
                 self._buckets, run.parameters, places=len(places), own=places.index(run.replica), whole=whole
             )
-            self._buckets = self.sharding.buckets
+            self._sharding, self._buckets = sharding, sharding.buckets
+            self.shared = sharding.names
+            whole_ones = {name: tensor for name, tensor in self.updated.items() if name not in sharding.names}
+            self.updated = {**whole_ones, **sharding.slices}
         self._reducers = self._make_reducers()
-        self.buffers = ReplicaBuffers(segments, run.tensors)
+        self._replica_buffers = ReplicaBuffers(segments, run.tensors)
+        self.buffers = self._replica_buffers
         self._bucket_of = {name: number for number, bucket in enumerate(self._buckets) for name in bucket.names}
         self._step: StepExchange | None = None
         self._hooks = [
@@ -71,47 +78,52 @@ class ReplicaExchange:
         ]
 
     def begin(self, timeline: Timeline[Any], entry: int, step: run_pb2.TrainStep, program: Iterable[Action]) -> None:
-        """A training step begins."""
-        self.buffers.begin()
+        self._replica_buffers.begin()
         self._step = StepExchange(
-            *(self._run, timeline, self._buckets, self._reducers, self.sharding),
+            *(self._run, timeline, self._buckets, self._reducers, self._sharding),
             entry=entry,
             step=step,
             program=program,
         )
 
     def before(self, action: Action) -> None:
-        """An action begins that may add to gradients."""
         self._running.before(action)
 
     def after(self, action: Action) -> None:
-        """An action has ended: start what is ready by it, and go on with what can."""
+        """Start what is ready by the action, and go on with what can."""
         self._running.after(action)
 
-    def finish(self) -> None:
-        """Wait for everything; the sums of the replicas' gradients are there then. For REDUCE."""
-        self._running.finish(self.buffers)
+    def reduce(self) -> None:
+        """Wait for everything; the sums of the replicas' gradients are there then."""
+        self._running.finish(self._replica_buffers)
 
-    def gather_weights(self) -> None:
-        """Bring together what each replica has updated. For GATHER."""
+    def gather(self) -> None:
         self._running.gather_weights()
 
-    def gather_gradients(self) -> dict[str, torch.Tensor | None]:
-        """Return the whole gradients of the parameters that replicas share, by name."""
+    def whole_gradients(self) -> dict[str, torch.Tensor | None]:
         return self._running.gather_gradients()
 
+    def counts(self, name: str) -> bool:
+        # Where replicas share the norm, what all of them update counts at one of them.
+        counts_here = self._sharding is None or name in self.shared or self._run.places.leads
+        return self._run.owns(name) and counts_here
+
+    def own_state(self, name: str, value: StateValue) -> StateValue | None:
+        if self._sharding is None or name not in self.shared:
+            return super().own_state(name, value)
+        return self._sharding.own_state(name, self._run.parameters[name], value)
+
     def forget(self) -> None:
-        """Let go of what was kept from step to step: another state has been loaded."""
         self._reducers = self._make_reducers()
 
     def close(self) -> None:
-        """Let go of the parameters."""
+        super().close()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
         self._reducers.clear()
         self._step = None
-        self.sharding = None
+        self._sharding = None
 
     @property
     def _running(self) -> StepExchange:

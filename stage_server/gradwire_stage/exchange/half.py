@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from gradwire_stage.codecs import bf16, fp16
-from gradwire_stage.exchange.encoded_ring import ElementCodec
+from gradwire_stage.exchange.element_codec import ElementCodec
 
 _SCALE_BYTES = 4
 _EXPONENT_BITS = 0x7F800000

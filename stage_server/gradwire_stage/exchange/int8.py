@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from gradwire_stage.codecs import int8
-from gradwire_stage.exchange.encoded_ring import ElementCodec
+from gradwire_stage.exchange.element_codec import ElementCodec
 
 INT8 = ElementCodec("int8", int8.encode, int8.decode, element_bytes=1)

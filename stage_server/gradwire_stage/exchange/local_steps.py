@@ -10,14 +10,17 @@ Leaves to others: running collectives (`driver.py`), and what a codec keeps (`re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gradwire_protocol.errors import InternalError
 from gradwire_protocol.gradient_codecs import GradientCodec, parse_compression
-from gradwire_protocol.v1 import graph_pb2, stage_pb2
+from gradwire_protocol.program import Action
+from gradwire_protocol.v1 import graph_pb2, run_pb2, stage_pb2
 from gradwire_stage import timeline as phases
+from gradwire_stage.exchange.agreement import Agreement, StepEnd
 from gradwire_stage.exchange.buckets import Bucket, make_buckets
 from gradwire_stage.exchange.collectives import all_reduce
 from gradwire_stage.exchange.driver import Driver
@@ -29,17 +32,19 @@ if TYPE_CHECKING:
     from gradwire_stage.run_state import RunState
 
 
-class LocalSteps:
-    """The weights that replicas agreed on last, and the outer optimizer. For the compute thread."""
+class LocalSteps(Agreement):
+    """The weights that replicas agreed on last, and the outer optimizer."""
+
+    end = StepEnd(averages=True)
 
     def __init__(
         self,
-        segments: Sequence[stage_pb2.Segment],
         run: RunState,
+        segments: Sequence[stage_pb2.Segment],
         codec: GradientCodec,
         settings: stage_pb2.LocalSteps,
     ) -> None:
-        self._run = run
+        super().__init__(run)
         self._codec = codec
         self._rate = settings.learning_rate
         self._momentum = settings.momentum
@@ -51,23 +56,27 @@ class LocalSteps:
         self._agreed: list[torch.Tensor] = []
         self._agreed_buffers: dict[str, torch.Tensor] = {}
         self._velocities: list[torch.Tensor] = []
+        self._running: tuple[Timeline[Any], int, run_pb2.TrainStep] | None = None
         self.forget()
 
-    def begin(self) -> None:
-        """A training step begins; the first one from weights that all replicas have."""
+    def begin(self, timeline: Timeline[Any], entry: int, step: run_pb2.TrainStep, program: Iterable[Action]) -> None:
+        """The first step begins with weights that all replicas have."""
+        self._running = timeline, entry, step
         if not self._agreed:
             self._agreed = [self._flat(bucket) for bucket in self._buckets]
             self._velocities = [torch.zeros_like(flat) for flat in self._agreed]
             self._agreed_buffers = {name: self._run.tensors[name].clone() for name in self._changing}
 
-    def average(self, timeline: Timeline[Any], entry: int, step: int) -> None:
-        """Have all replicas go on from the same weights."""
+    def average(self) -> None:
+        if self._running is None:
+            raise InternalError("Weights were averaged before the step began")
+        timeline, entry, step = self._running
         timeline.switch(phases.ENCODE)
         driver = Driver(self._run, timeline, entry)
         for number, bucket in enumerate(self._buckets):
             while len(driver) >= MOST_OPEN:
                 driver.wait()
-            self._begin_bucket(driver, number, bucket, step)
+            self._begin_bucket(driver, number, bucket, step.step)
         for number, name in enumerate(self._changing, start=len(self._buckets)):
             while len(driver) >= MOST_OPEN:
                 driver.wait()
@@ -75,7 +84,6 @@ class LocalSteps:
         driver.finish()
 
     def forget(self) -> None:
-        """Let go of what was agreed on: another state has been loaded."""
         self._agreed.clear()
         self._velocities.clear()
         self._agreed_buffers.clear()
@@ -86,8 +94,9 @@ class LocalSteps:
         ]
 
     def close(self) -> None:
-        """Let go of all memory."""
+        super().close()
         self.forget()
+        self._running = None
 
     def _flat(self, bucket: Bucket) -> torch.Tensor:
         """Return a copy of the weights of a bucket."""

@@ -39,8 +39,7 @@ class SharedState:
         """Return the whole state of a parameter at the replica that leads; what is here at the others."""
         run = self._run
         own = run.optimizer.state_of(name)
-        sharding = None if run.exchange is None else run.exchange.sharding
-        if sharding is None or name not in sharding.names:
+        if name not in run.agreement.shared:
             return own
         found: list[_Part] = []
         self._count += 1
