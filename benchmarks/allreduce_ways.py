@@ -7,24 +7,20 @@ inclusive. gloo's adds up one flat tensor where it lies, the best that it can do
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from gradwire_protocol.channels import open_channel
-from gradwire_protocol.handover import default_directory
 from gradwire_protocol.program import REDUCE, Action
-from gradwire_protocol.serving import Service, ServiceSettings
+from gradwire_protocol.serving import ServiceSettings
 from gradwire_protocol.v1 import graph_pb2, run_pb2, stage_pb2
 from gradwire_protocol.v1 import tensors_pb2 as pb
-from gradwire_stage.device import CpuDevice, HostClock
-from gradwire_stage.metrics import RECEIVED, StageMetrics
-from gradwire_stage.service import Limits, StageService
-from gradwire_stage.shared_memory import SharedMemory, SharedMemorySettings
+from gradwire_stage.device import HostClock
+from gradwire_stage.metrics import RECEIVED
 from gradwire_stage.timeline import Timeline
+from stage_services import BenchmarkServer
 
 GRADWIRE, MEMORY, GLOO = "gradwire", "gradwire-memory", "gloo"
 WAYS = (GRADWIRE, MEMORY, GLOO)
@@ -82,25 +78,10 @@ class _Replica:
     def __init__(self, rank: int, codec: str, listen: str, *, memory: bool) -> None:
         self._rank = rank
         self._codec = codec
-        self._service = Service(_server(rank), ServiceSettings(listen=listen, metrics_listen="", insecure=True))
-        self._metrics = StageMetrics(self._service.registry, version="benchmark")
-        self._stage_service = StageService(
-            _server(rank),
-            CpuDevice(1),
-            Limits(
-                memory_bytes=2**34,
-                mailbox_bytes=2**32,
-                outbox_bytes=2**30,
-                tensor_bytes=2**33,
-                prepared_seconds=1e6,
-            ),
-            self._metrics,
-            lambda address: open_channel(address, insecure=True),
-            shared_memory=_shared_memory() if memory else None,
+        self._server = BenchmarkServer(
+            _server(rank), ServiceSettings(listen=listen, metrics_listen="", insecure=True), memory=memory
         )
-        self._stage_service.add_to(self._service.server)
-        self._service.start()
-        self.address = self._service.address
+        self.address = self._server.address
         self.peers: Sequence[str] = ()
         self._generation = 0
         self._entry = 0
@@ -110,8 +91,7 @@ class _Replica:
     def prepare(self, parameters: int) -> None:
         self._generation += 1
         self._entry = 0
-        self._stage_service.Prepare(self._request(parameters), None)
-        self._run = self._stage_service._held.executor.run  # type: ignore[union-attr]  # no other way in without a coordinator
+        self._run = self._server.prepare(self._request(parameters))
         generator = torch.Generator().manual_seed(self._rank)
         self._gradients = [1e-3 * torch.randn(_SIDE, _SIDE, generator=generator) for _ in range(parameters)]
 
@@ -132,7 +112,7 @@ class _Replica:
     def received_bytes(self) -> float:
         return sum(
             sample.value
-            for metric in self._metrics.transferred.collect()
+            for metric in self._server.metrics.transferred.collect()
             for sample in metric.samples
             if sample.name.endswith("_total") and sample.labels["direction"] == RECEIVED
         )
@@ -177,13 +157,6 @@ class _Replica:
 
 def _server(rank: int) -> str:
     return f"replica{rank}"
-
-
-def _shared_memory() -> SharedMemory:
-    def fall_back(reason: str) -> None:
-        print(f"a payload, or a peer, goes without shared memory: {reason}", file=sys.stderr)
-
-    return SharedMemory(SharedMemorySettings(directory=default_directory(), maximum_bytes=2**30), fall_back)
 
 
 # --- torch.distributed

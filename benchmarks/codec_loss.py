@@ -6,30 +6,14 @@ Runs `gradwire train` once for each codec, but for the check at the end: same te
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
-import tempfile
 from typing import Any
 
+from reference_job import train
 from report import Claim, add_arguments, finish
 
 CODECS = ("none", "bf16", "fp16", "int8")
 # Of the loss without a codec.
 BAR = 0.01
-
-
-def train(codec: str, seed: int, steps: int | None) -> dict[str, Any]:
-    """Run the reference job; return its summary."""
-    with tempfile.TemporaryDirectory(prefix="gradwire-codec-loss-") as directory:
-        command = [
-            *(sys.executable, "-m", "gradwire", "train", "--json", "--no-check", "--out", f"{directory}/run"),
-            *("--activation-compression", codec, "--seed", str(seed)),
-            *(() if steps is None else ("--steps", str(steps))),
-        ]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    summary: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return summary
 
 
 def main() -> None:
@@ -42,7 +26,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     exact = 0.0
     for codec in dict.fromkeys(("none", *arguments.codecs)):
-        summary = train(codec, arguments.seed, arguments.steps)
+        summary = train("--activation-compression", codec, seed=arguments.seed, steps=arguments.steps)
         loss = summary["validation_loss"]
         exact = exact or loss
         rows.append(

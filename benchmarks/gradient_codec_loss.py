@@ -7,15 +7,12 @@ first weights, the same order. The claims are about means over the seeds.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 from allreduce import NONE, POWERSGD, TOPK
+from reference_job import train
 from report import Claim, add_arguments, finish
 
 CODECS = (NONE, "fp16", "bf16", "int8", "topk(density=0.1)", TOPK, "topk(density=0.001)", POWERSGD)
@@ -23,19 +20,6 @@ SEEDS = (0, 1, 2)
 # Of the loss without a codec.
 CLAIMED = {TOPK: "topk at 1 %", POWERSGD: "powersgd at rank 4"}
 BAR = 0.02
-
-
-def train(codec: str, seed: int, steps: int | None) -> dict[str, Any]:
-    """Run the reference job; return its summary."""
-    with tempfile.TemporaryDirectory(prefix="gradwire-codec-loss-") as directory:
-        command = [
-            *(sys.executable, "-m", "gradwire", "train", "--json", "--no-check", "--out", f"{directory}/run"),
-            *("--stages", "1", "--replicas", "2", "--compression", codec, "--seed", str(seed)),
-            *(() if steps is None else ("--steps", str(steps))),
-        ]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    summary: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return summary
 
 
 def row_of(codec: str, summaries: Sequence[dict[str, Any]], exact: float) -> dict[str, Any]:
@@ -76,7 +60,10 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     exact = 0.0
     for codec in dict.fromkeys((NONE, *arguments.codecs)):
-        summaries = [train(codec, seed, arguments.steps) for seed in arguments.seeds]
+        summaries = [
+            train("--stages", "1", "--replicas", "2", "--compression", codec, seed=seed, steps=arguments.steps)
+            for seed in arguments.seeds
+        ]
         exact = exact or statistics.mean(summary["validation_loss"] for summary in summaries)
         rows.append(row_of(codec, summaries, exact))
         print(f"{codec}: {rows[-1]['validation loss, nats a byte']:.4f} nats a byte", flush=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 import socket
 import ssl
-import sys
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent import futures
@@ -16,18 +15,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from gradwire_protocol.channels import CHANNEL_OPTIONS, SERVER_OPTIONS, TlsFiles, bind, open_channel
+from gradwire_protocol.channels import CHANNEL_OPTIONS, SERVER_OPTIONS, TlsFiles, bind
 from gradwire_protocol.frames import CHUNK_BYTES
-from gradwire_protocol.handover import default_directory
-from gradwire_protocol.serving import Service, ServiceSettings
+from gradwire_protocol.serving import ServiceSettings
 from gradwire_protocol.torch_tensors import payload_of, tensor_info
 from gradwire_protocol.v1 import graph_pb2, run_pb2, stage_pb2, stage_pb2_grpc
 from gradwire_protocol.v1 import tensors_pb2 as pb
-from gradwire_stage.device import CpuDevice
 from gradwire_stage.keys import Key
-from gradwire_stage.metrics import StageMetrics
-from gradwire_stage.service import Limits, StageService
-from gradwire_stage.shared_memory import SharedMemory, SharedMemorySettings
+from stage_services import BenchmarkServer
 
 GRADWIRE, MEMORY = "gradwire", "gradwire-memory"
 GENERATED, GENERATED_WHOLE = "generated", "generated-whole"
@@ -57,7 +52,7 @@ class Sender(Protocol):
 # --- Gradwire: two stage servers with a run that was prepared in both, on either side of its mailbox
 
 
-def _prepared(name: str, addresses: dict[str, str], service: StageService) -> Any:
+def _prepared(name: str, addresses: dict[str, str], server: BenchmarkServer) -> Any:
     """Prepare a run of two stages whose only boundary value is `h`; return its state."""
     stage = _STAGE_SERVERS.index(name)
     node = graph_pb2.Node(
@@ -85,43 +80,18 @@ def _prepared(name: str, addresses: dict[str, str], service: StageService) -> An
         optimizer=run_pb2.Optimizer(name="SGD"),
         loss_form=graph_pb2.LOSS_FORM_MEAN_OVER_ROWS,
     )
-    service.Prepare(request, None)
-    return service._held.executor.run  # type: ignore[union-attr]  # there is no other way in without a coordinator
+    return server.prepare(request)
 
 
-def _shared_memory() -> SharedMemory:
-    def fall_back(reason: str) -> None:
-        print(f"a payload, or a peer, goes without shared memory: {reason}", file=sys.stderr)
-
-    return SharedMemory(SharedMemorySettings(directory=default_directory(), maximum_bytes=2**30), fall_back)
-
-
-def _stage_server(name: str, tls: TlsFiles | None, *, memory: bool) -> tuple[Service, StageService]:
-    service = Service(name, ServiceSettings(metrics_listen="", tls=tls))
-    stage_service = StageService(
-        name,
-        CpuDevice(1),
-        Limits(
-            memory_bytes=2**34,
-            mailbox_bytes=2**32,
-            outbox_bytes=2**30,
-            tensor_bytes=2**33,
-            prepared_seconds=1e6,
-        ),
-        StageMetrics(service.registry, version="benchmark"),
-        lambda address: open_channel(address, tls),
-        shared_memory=_shared_memory() if memory else None,
-    )
-    stage_service.add_to(service.server)
-    service.start()
-    return service, stage_service
+def _stage_server(name: str, tls: TlsFiles | None, *, memory: bool) -> BenchmarkServer:
+    return BenchmarkServer(name, ServiceSettings(metrics_listen="", tls=tls), memory=memory)
 
 
 class GradwireReceiver:
     def __init__(self, tls: TlsFiles | None, *, memory: bool = False) -> None:
-        self._service, stage_service = _stage_server("receiver", tls, memory=memory)
-        self.address = self._service.address
-        self._run = _prepared("receiver", {"sender": "127.0.0.1:1", "receiver": self.address}, stage_service)
+        self._server = _stage_server("receiver", tls, memory=memory)
+        self.address = self._server.address
+        self._run = _prepared("receiver", {"sender": "127.0.0.1:1", "receiver": self.address}, self._server)
         self._received = 0
 
     def receive(self, size: int) -> torch.Tensor:
@@ -136,8 +106,8 @@ class GradwireReceiver:
 
 class GradwireSender:
     def __init__(self, address: str, tls: TlsFiles | None, *, memory: bool = False) -> None:
-        self._service, stage_service = _stage_server("sender", tls, memory=memory)
-        self._run = _prepared("sender", {"sender": self._service.address, "receiver": address}, stage_service)
+        self._server = _stage_server("sender", tls, memory=memory)
+        self._run = _prepared("sender", {"sender": self._server.address, "receiver": address}, self._server)
         self._sent = 0
 
     def send(self, tensor: torch.Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -54,6 +55,18 @@ def one_process(steps: int, optimizer: str = "AdamW", first: int = 0, model: nn.
         nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         update.step()
     return model
+
+
+def check_first_step(trainer: gradwire.Trainer) -> None:
+    """Gradients as the optimizer saw them, and the norm before they were clipped."""
+    result, gradients = trainer.step_with_gradients(*make_batch(0))
+    reference = make_model()
+    F.mse_loss(reference(make_batch(0)[0]), make_batch(0)[1]).backward()
+    norm = nn.utils.clip_grad_norm_(reference.parameters(), 0.5).item()
+    assert result.gradient_norm == pytest.approx(norm, rel=1e-10)
+    for name, parameter in reference.named_parameters():
+        assert parameter.grad is not None
+        assert torch.allclose(gradients[name], parameter.grad, rtol=0, atol=1e-10), name
 
 
 def check_weights(made: dict[str, torch.Tensor], model: nn.Module) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from replica_subject import (
+    check_first_step,
     check_replicas_are_one,
     check_weights,
     make_batch,
@@ -20,7 +21,6 @@ from replica_subject import (
     one_process,
     train,
 )
-from torch import nn
 
 import gradwire
 
@@ -45,14 +45,7 @@ def test_synchronous_servers_equal_one_process(
     """Gradients as the optimizer saw them, the norm, and weights."""
     asked = {"stages": stages, "replicas": replicas, "cuts": ["2"] if stages > 1 else None}
     with with_servers(cluster, optimizer, microbatches=micro_batches, **asked) as trainer:
-        result, gradients = trainer.step_with_gradients(*make_batch(0))
-        reference = make_model()
-        F.mse_loss(reference(make_batch(0)[0]), make_batch(0)[1]).backward()
-        norm = nn.utils.clip_grad_norm_(reference.parameters(), 0.5).item()
-        assert result.gradient_norm == pytest.approx(norm, rel=1e-10)
-        for name, parameter in reference.named_parameters():
-            assert parameter.grad is not None
-            assert torch.allclose(gradients[name], parameter.grad, rtol=0, atol=1e-10), name
+        check_first_step(trainer)
         trainer.step(*make_batch(1))
         check_weights(trainer.state_dict(), one_process(2, optimizer))
         x, y = make_batch(2)

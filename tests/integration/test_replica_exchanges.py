@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from replica_subject import (
+    check_first_step,
     check_replicas_are_one,
     check_weights,
     make_batch,
@@ -63,14 +64,7 @@ def test_a_shared_optimizer_updates_as_one_does(
     asked = {"stages": stages, "cuts": ["2"] if stages > 1 else None, "zero": zero}
     with train(cluster, optimizer, **asked) as trainer:
         assert trainer.plan.shards_optimizer == (zero != "off")
-        result, gradients = trainer.step_with_gradients(*make_batch(0))
-        reference = make_model()
-        F.mse_loss(reference(make_batch(0)[0]), make_batch(0)[1]).backward()
-        norm = nn.utils.clip_grad_norm_(reference.parameters(), 0.5).item()
-        assert result.gradient_norm == pytest.approx(norm, rel=1e-10)
-        for name, parameter in reference.named_parameters():
-            assert parameter.grad is not None
-            assert torch.allclose(gradients[name], parameter.grad, rtol=0, atol=1e-10), name
+        check_first_step(trainer)
         trainer.step(*make_batch(1))
         trainer.save(tmp_path / "a")
         check_weights(trainer.state_dict(), one_process(2, optimizer))

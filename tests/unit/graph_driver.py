@@ -183,6 +183,21 @@ class Chain:
         }
 
 
+def whole_segment(exported: ExportedModel) -> stage_pb2.Segment:
+    """The whole train graph as one segment."""
+    graph = exported.proto.train
+    return stage_pb2.Segment(
+        graph=graph.kind,
+        nodes=graph.nodes,
+        tensors=graph.tensors,
+        incoming=[stage_pb2.IncomingValue(value=item.value, from_batch=True) for item in graph.inputs],
+        buffer_updates=graph.buffer_updates,
+        mutated_tensors=graph.mutated_tensors,
+        mutated_inputs=graph.mutated_inputs,
+        loss=graph.outputs[0].value,
+    )
+
+
 def eager(
     model: nn.Module,
     loss: Any,

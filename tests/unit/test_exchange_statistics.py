@@ -8,12 +8,13 @@ import random
 import pytest
 import torch
 from exchange_driver import run_members, same_bits
+from graph_driver import whole_segment
 from torch import nn
 from torch.nn import functional
 
 from gradwire.graph import export_model
 from gradwire_protocol.errors import FrameError, ModelError
-from gradwire_protocol.v1 import graph_pb2, run_pb2, stage_pb2
+from gradwire_protocol.v1 import run_pb2, stage_pb2
 from gradwire_stage.exchange.statistics import ReplicaBuffers
 from gradwire_stage.segment import BuiltSegment
 
@@ -32,17 +33,7 @@ class Twice(nn.Module):
 
 def segment_of(model: nn.Module) -> stage_pb2.Segment:
     x = torch.randn(6, 4, dtype=torch.float64)
-    graph = export_model(model, functional.mse_loss, (x, x)).proto.train
-    return stage_pb2.Segment(
-        graph=graph_pb2.GRAPH_KIND_TRAIN,
-        nodes=graph.nodes,
-        tensors=graph.tensors,
-        incoming=[stage_pb2.IncomingValue(value=item.value, from_batch=True) for item in graph.inputs],
-        buffer_updates=graph.buffer_updates,
-        mutated_tensors=graph.mutated_tensors,
-        mutated_inputs=graph.mutated_inputs,
-        loss=graph.outputs[0].value,
-    )
+    return whole_segment(export_model(model, functional.mse_loss, (x, x)))
 
 
 @pytest.mark.parametrize("owners", ["010", "0012", "1111", "20"])

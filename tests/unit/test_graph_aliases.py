@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_driver import CPU, Chain, assert_equal, eager
+from graph_driver import CPU, Chain, assert_equal, eager, whole_segment
 from graph_models import Counting, ResidualNet, cases, squared_loss
 from torch import nn
 
 from gradwire.graph import ExportedModel, export_model
 from gradwire_protocol.v1 import graph_pb2 as pb
-from gradwire_protocol.v1 import stage_pb2
 from gradwire_stage.segment import BuiltSegment
 
 
@@ -60,21 +59,6 @@ def test_batch_normalisation_follows_one_process_over_steps_and_micro_batches() 
     assert int(reference.get_buffer("norm.num_batches_tracked")) == 6
 
 
-def segment_of(exported: ExportedModel) -> stage_pb2.Segment:
-    """The whole train graph as one segment."""
-    graph = exported.proto.train
-    return stage_pb2.Segment(
-        graph=graph.kind,
-        nodes=graph.nodes,
-        tensors=graph.tensors,
-        incoming=[stage_pb2.IncomingValue(value=item.value, from_batch=True) for item in graph.inputs],
-        buffer_updates=graph.buffer_updates,
-        mutated_tensors=graph.mutated_tensors,
-        mutated_inputs=graph.mutated_inputs,
-        loss=graph.outputs[0].value,
-    )
-
-
 def test_versions_of_buffers_are_immutable_and_assignments_arrive() -> None:
     model = Counting()
     x, y = torch.randn(4, 6), torch.randn(4, 6)
@@ -84,7 +68,7 @@ def test_versions_of_buffers_are_immutable_and_assignments_arrive() -> None:
     store = {name: tensor.detach().clone() for name, tensor in exported.tensors.items()}
     for name in ("first.weight", "first.bias", "second.weight", "second.bias"):
         store[name] = nn.Parameter(store[name])
-    built = BuiltSegment(segment_of(exported), store, CPU, 0)
+    built = BuiltSegment(whole_segment(exported), store, CPU, 0)
     versions, passes = [], []
     values = exported.flatten_batch((x, y), pb.GRAPH_KIND_TRAIN).values
     for number in range(3):
