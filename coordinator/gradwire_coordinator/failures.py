@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import grpc
+import structlog
 
 from gradwire_coordinator.server_place import ServerPlace
 from gradwire_protocol.errors import (
@@ -23,6 +24,8 @@ from gradwire_protocol.errors import (
     from_rpc_error,
     status_of,
 )
+
+_log = structlog.get_logger(__name__)
 
 # How long a failure that may be a consequence waits for its cause.
 CAUSE_SECONDS = 1.0
@@ -131,3 +134,12 @@ def reported_error(error: grpc.RpcError, target: str) -> GradwireError | None:
     if isinstance(error, grpc.Call) and status_of(error) is not None:
         return from_rpc_error(error, target=target)
     return None
+
+
+def own_error(error: BaseException) -> GradwireError:
+    """Return an error of our own kind for whatever went wrong in the coordinator."""
+    if isinstance(error, GradwireError):
+        return error
+    _log.error("unforeseen error in a run", exc_info=error)
+    message = f"The coordinator failed: {type(error).__name__}: {error}"
+    return InternalError(message, remedy="see its log; please report it")

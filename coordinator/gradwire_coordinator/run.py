@@ -10,26 +10,22 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import grpc
 import structlog
 
 from gradwire_coordinator.entries import EntryRules
-from gradwire_coordinator.failures import CauseFinder, Evidence, reported_error
+from gradwire_coordinator.failures import CauseFinder, Evidence, own_error, reported_error
 from gradwire_coordinator.layout import Layout
 from gradwire_coordinator.link import Link
 from gradwire_coordinator.links import prepare_all, release_all
-from gradwire_coordinator.log import RunLog
-from gradwire_coordinator.registry import ServerStanding
+from gradwire_coordinator.run_context import RunContext
 from gradwire_coordinator.saves import RunSaves, Writer
 from gradwire_coordinator.stall_watch import StallWatch
 from gradwire_coordinator.window import Window
-from gradwire_protocol.checkpoint.root import CheckpointRoot
-from gradwire_protocol.errors import Aborted, FrameError, GradwireError, InternalError, ServerBusy
+from gradwire_protocol.errors import Aborted, FrameError, GradwireError, ServerBusy
 from gradwire_protocol.v1 import coordinator_pb2, run_pb2, stage_pb2
 
 _log = structlog.get_logger(__name__)
@@ -37,27 +33,6 @@ _log = structlog.get_logger(__name__)
 
 # What its client gets: of each entry, and how the writing of a checkpoint ended.
 Outcome = run_pb2.EntryResult | run_pb2.SaveOutcome
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunContext:
-    """What a run needs of the service that it is part of."""
-
-    log: RunLog
-    # Opens a channel to HOST:PORT.
-    connect: Callable[[str], Any]
-    # Where servers write checkpoints.
-    checkpoints: CheckpointRoot
-    # What a server was last known to do, in words.
-    last_known: Callable[[str], str]
-    # How a server stands: its activity, and how many seconds ago what was heard.
-    standing: Callable[[str], ServerStanding | None]
-    # Called with a server that does not answer any more.
-    on_lost: Callable[[str], None]
-    # Called with each result, on the thread of a server's reports.
-    on_result: Callable[[Run, run_pb2.Entry, run_pb2.EntryResult], None]
-    # Called once, when all servers have been released.
-    on_finished: Callable[[Run], None]
 
 
 class Run:
@@ -258,9 +233,13 @@ class Run:
         """The client sends no more: end when the open entries are finished, and checkpoints written."""
         with self._lock:
             self._draining = True
-            if self._window or self._saves:
-                return
-        self._finish(coordinator_pb2.RUN_STATE_ENDED, None)
+            last = self._drained
+        if last:
+            self._finish(coordinator_pb2.RUN_STATE_ENDED, None)
+
+    @property
+    def _drained(self) -> bool:
+        return self._draining and not self._window and not self._saves
 
     def end(self, reason: str) -> None:
         """End the run, whatever is open; a client that still drives it gets Aborted with the reason.
@@ -271,7 +250,7 @@ class Run:
 
     def fail(self, error: BaseException) -> None:
         """Fail the run with an error that no server is to blame for. Returns when its servers are free. Idempotent."""
-        self._finish(coordinator_pb2.RUN_STATE_FAILED, _own(error))
+        self._finish(coordinator_pb2.RUN_STATE_FAILED, own_error(error))
 
     # What the servers do.
 
@@ -301,7 +280,7 @@ class Run:
                 self._step = entry.load_state.weight_version
             self._context.on_result(self, entry, result)
             self._results.put(result)
-            last = self._draining and not self._window and not self._saves
+            last = self._drained
         if last:
             self._finish(coordinator_pb2.RUN_STATE_ENDED, None)
 
@@ -313,7 +292,7 @@ class Run:
         with self._lock:
             self._results.put(outcome)
             self._saves.forget(outcome.entry)
-            last = self._draining and not self._window and not self._saves
+            last = self._drained
         if last:
             self._finish(coordinator_pb2.RUN_STATE_ENDED, None)
 
@@ -419,12 +398,3 @@ class Run:
                 plan=self.summary,
                 created_at=self.created_at,
             )
-
-
-def _own(error: BaseException) -> GradwireError:
-    """Return an error of our own kind for whatever went wrong."""
-    if isinstance(error, GradwireError):
-        return error
-    _log.error("unforeseen error in a run", exc_info=error)
-    message = f"The coordinator failed: {type(error).__name__}: {error}"
-    return InternalError(message, remedy="see its log; please report it")

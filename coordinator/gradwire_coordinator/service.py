@@ -31,7 +31,8 @@ from gradwire_coordinator.planner import Planner, plan_run
 from gradwire_coordinator.registry import Registry, Server, describe
 from gradwire_coordinator.replan import Basis
 from gradwire_coordinator.replanner import Replanner
-from gradwire_coordinator.run import Run, RunContext
+from gradwire_coordinator.run import Run
+from gradwire_coordinator.run_context import RunContext
 from gradwire_coordinator.sharing import Sharing
 from gradwire_coordinator.stored import inspect
 from gradwire_protocol.checkpoint.root import CheckpointRoot
