@@ -32,9 +32,11 @@ def make_optimizer(model: nn.Module, name: str = "AdamW") -> torch.optim.Optimiz
     return kind(model.parameters(), lr=1e-2)
 
 
-def train(cluster: gradwire.Cluster, optimizer: str = "AdamW", **fields: Any) -> gradwire.Trainer:
+def train(
+    cluster: gradwire.Cluster, optimizer: str = "AdamW", *, model: nn.Module | None = None, **fields: Any
+) -> gradwire.Trainer:
     fields = {"stages": 2, "replicas": 2, "microbatches": 4, "schedule": "1f1b", "cuts": ["2"], **fields}
-    model = make_model()
+    model = model or make_model()
     return cluster.trainer(
         model,
         make_optimizer(model, optimizer),

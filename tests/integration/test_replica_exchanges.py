@@ -80,6 +80,25 @@ def test_a_shared_optimizer_updates_as_one_does(
         check_replicas_are_one(trainer)
 
 
+def make_tied_model() -> nn.Module:
+    model = make_model()
+    assert isinstance(model, nn.Sequential)
+    again = nn.Linear(17, 17, bias=False).double()
+    again.weight = model[2].weight
+    return nn.Sequential(*model[:4], again, nn.Tanh(), model[4])
+
+
+def test_what_is_tied_over_stages_counts_once_in_the_norm_under_a_shared_optimizer(cluster: gradwire.Cluster) -> None:
+    """Every replica updates a tied parameter whole, while the others are shared out."""
+    with train(cluster, model=make_tied_model(), zero="on", cuts=["4"]) as trainer:
+        reference = make_tied_model()
+        F.mse_loss(reference(make_batch(0)[0]), make_batch(0)[1]).backward()
+        norm = nn.utils.clip_grad_norm_(reference.parameters(), 0.5).item()
+        assert trainer.step(*make_batch(0)).gradient_norm == pytest.approx(norm, rel=1e-10)
+        trainer.step(*make_batch(1))
+        check_weights(trainer.state_dict(), one_process(2, model=make_tied_model()))
+
+
 def local_reference(steps: int, every: int, rate: float, momentum: float) -> tuple[nn.Module, list[float]]:
     """Two models that train alone on every other micro-batch, and agree as torch's own SGD would have it."""
     agreed = make_model()
