@@ -80,6 +80,27 @@ def test_a_shared_optimizer_updates_as_one_does(
         check_replicas_are_one(trainer)
 
 
+@pytest.mark.parametrize(
+    "fields", [{"compression": "topk(density=0.1)"}, {"compression": "int8", "exchange": "local", "every": 2}], ids=str
+)
+def test_another_state_ends_what_was_kept_from_step_to_step(
+    cluster: gradwire.Cluster, tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    """What codecs still owe, and what local steps last agreed on, belongs to the state before."""
+    with train(cluster, **fields) as trainer:
+        trainer.step(*make_batch(0))
+        trainer.step(*make_batch(1))
+        trainer.save(tmp_path / "a")
+        ends = []
+        for _ in range(2):
+            trainer.load(tmp_path / "a")
+            for seed in range(2, 6):
+                trainer.step(*make_batch(seed))
+            ends.append(trainer.state_dict())
+        for name, weight in ends[0].items():
+            assert torch.equal(weight, ends[1][name]), name
+
+
 def make_tied_model() -> nn.Module:
     model = make_model()
     assert isinstance(model, nn.Sequential)
