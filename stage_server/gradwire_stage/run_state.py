@@ -342,7 +342,7 @@ class RunState:
         self._dropped.labels(reason).inc()
 
     def _sent(self, server: str, delivered: Delivered) -> None:
-        self.metrics.sent(server, delivered.direction, delivered.codec, delivered.size_bytes, delivered.seconds)
         if delivered.shared:
             self.metrics.shared(server, delivered.size_bytes)
+        self.metrics.sent(server, delivered.direction, delivered.codec, delivered.size_bytes, delivered.seconds)
         self.progress.advance()

@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import time
-import urllib.request
 
 import pytest
 import torch
-from prometheus_client.parser import text_string_to_metric_families
+from prometheus_pages import scrape, scrape_settled, total
 
 import gradwire
 from gradwire.job.gpt import GPT, Shape, next_byte_loss
 from gradwire_protocol.v1 import coordinator_pb2
 
 STEPS = 3
-
-
-def scrape(address: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as page:
-        text = page.read().decode()
-    return {
-        (sample.name, frozenset(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
-
-
-def total(samples: dict[tuple[str, frozenset[tuple[str, str]]], float], name: str, **labels: str) -> float:
-    wanted = set(labels.items())
-    return sum(value for (found, their), value in samples.items() if found == name and wanted <= their)
 
 
 def servers_of(cluster: gradwire.Cluster, run: str, count: int) -> list[coordinator_pb2.ServerStatus]:
@@ -62,14 +46,7 @@ def test_a_run_shows_every_second_every_byte_and_only_its_own_parameters(
         # What the plan says of the cut is what travels, and all of it has a gradient.
         planned = trainer.plan.stages[0].boundary_bytes * STEPS
         servers = servers_of(four_processes, run, count=2)
-        # A message counts as sent when it is receipted, which may be a little after the step.
-        deadline = time.monotonic() + 5
-        while True:
-            stages = [scrape(server.metrics_address) for server in servers]
-            sent = total(stages[0], "gradwire_transfer_bytes_total", direction="sent", kind="forward", run=run)
-            if sent == planned or time.monotonic() > deadline:
-                break
-            time.sleep(0.05)
+        stages = scrape_settled((server.metrics_address for server in servers), run)
     assert {total(samples, "gradwire_up") for samples in stages} == {1}
     for stage, samples in enumerate(stages):
         busy = total(samples, "gradwire_stage_busy_seconds_total", run=run, stage=str(stage))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_metrics import scrape, total
+from prometheus_pages import Page, scrape, scrape_settled, total
 from torch import nn
 
 import gradwire
@@ -61,9 +61,7 @@ def one_process() -> Outcome:
     return losses, model.state_dict()
 
 
-def on_cluster(
-    cluster: gradwire.Cluster,
-) -> tuple[Outcome, list[Mapping[tuple[str, frozenset[tuple[str, str]]], float]]]:
+def on_cluster(cluster: gradwire.Cluster) -> tuple[Outcome, list[Page]]:
     """Return losses, final weights, and what Prometheus reads of the servers in the end."""
     model = make_model()
     with cluster.trainer(
@@ -76,18 +74,17 @@ def on_cluster(
     ) as trainer:
         losses = [trainer.step(*batch(rows)).loss for rows in BATCH_ROWS]
         weights = trainer.state_dict()
-        pages = [
-            scrape(server.metrics_address) for server in cluster.status().servers if server.server in trainer.servers
-        ]
+        addresses = [server.metrics_address for server in cluster.status().servers if server.server in trainer.servers]
+        pages = scrape_settled(addresses, trainer.run_id)
     return (losses, weights), pages
 
 
-def passed(pages: Sequence[Mapping[tuple[str, frozenset[tuple[str, str]]], float]]) -> list[float]:
+def passed(pages: Sequence[Page]) -> list[float]:
     """Return the bytes that each server has sent through shared memory."""
-    return [total(dict(page), "gradwire_shared_memory_transfer_bytes_total") for page in pages]
+    return [total(page, "gradwire_shared_memory_transfer_bytes_total") for page in pages]
 
 
-def fallbacks(pages: Sequence[Mapping[tuple[str, frozenset[tuple[str, str]]], float]]) -> dict[str, float]:
+def fallbacks(pages: Sequence[Page]) -> dict[str, float]:
     """Return how often each reason was counted, on all servers."""
     counted: dict[str, float] = {}
     for page in pages:
@@ -142,7 +139,7 @@ def test_a_run_through_memory_gives_the_same_bits(without: Outcome, four_process
         )
         assert passed(pages) == [large, large]
         assert fallbacks_of_all() == before
-        assert all(total(dict(page), "gradwire_shared_memory_bytes") > 0 for page in pages)
+        assert all(total(page, "gradwire_shared_memory_bytes") > 0 for page in pages)
         wait_until_given_back(four_processes)
 
 
@@ -160,8 +157,8 @@ def test_everything_may_go_through_memory_gradient_exchange_included(without: Ou
         outcome, pages = on_cluster(cluster)
     check_same(outcome, without)
     for page, by_memory in zip(pages, passed(pages), strict=True):
-        to_peers = total(dict(page), "gradwire_transfer_bytes_total", direction="sent")
-        to_client = total(dict(page), "gradwire_transfer_bytes_total", direction="sent", peer="client")
+        to_peers = total(page, "gradwire_transfer_bytes_total", direction="sent")
+        to_client = total(page, "gradwire_transfer_bytes_total", direction="sent", peer="client")
         assert by_memory == to_peers - to_client
     assert fallbacks(pages) == {}
 
@@ -173,7 +170,7 @@ def test_with_too_little_memory_some_payloads_take_the_other_way(without: Outcom
     check_same(outcome, without)
     assert fallbacks(pages).keys() == {"no-slot"}
     assert all(size > 0 for size in passed(pages))
-    assert all(total(dict(page), "gradwire_shared_memory_bytes") <= 600 * 2**10 for page in pages)
+    assert all(total(page, "gradwire_shared_memory_bytes") <= 600 * 2**10 for page in pages)
 
 
 class Servers:
