@@ -7,12 +7,13 @@ it receipts. Knows bytes only, and nothing of who sends what to whom.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,11 +78,12 @@ class FrameSender:
 
     Thread-safe. `on_frame` (for each frame that the network takes), `on_delivered` and `on_failure` are called on the
     sender's threads and must not block. maximum_queued_bytes: of payloads that are not receipted, above which `send`
-    waits; None: it never does. checksums: every chunk carries one. `place`, called on a thread of the sender, may put a
-    payload where the peer finds it by its header (shared memory); then it goes in no chunks. `connect`, called on a
-    thread of the sender, returns a socket to the peer if it is on this host, else None; over it, payloads of up to
-    `at_once_bytes`, CHUNK_BYTES at most, that are there are written by `send` itself, which saves a change of threads,
-    and not placed; larger ones are tried with `place_at_once`, which does what `place` does, but does not wait.
+    waits, in the context that `waiting` makes; None: it never does. checksums: every chunk carries one. `place`, called
+    on a thread of the sender, may put a payload where the peer finds it by its header (shared memory); then it goes in
+    no chunks. `connect`, called on a thread of the sender, returns a socket to the peer if it is on this host, else
+    None; over it, payloads of up to `at_once_bytes`, CHUNK_BYTES at most, that are there are written by `send` itself,
+    which saves a change of threads, and not placed; larger ones are tried with `place_at_once`, which does what `place`
+    does, but does not wait.
     After a failure every `send` and `flush` raises it; the sender does not reconnect.
     """
 
@@ -97,6 +99,7 @@ class FrameSender:
         connect: Callable[[], socket.socket | None] | None = None,
         at_once_bytes: int = 0,
         place_at_once: Callable[[pb.TensorHeader, memoryview], bool] | None = None,
+        waiting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
         on_frame: Callable[[], None] | None = None,
         on_delivered: Callable[[Delivered], None] | None = None,
         on_failure: Callable[[GradwireError], None] | None = None,
@@ -107,6 +110,7 @@ class FrameSender:
         self._place = place
         self._at_once_bytes = at_once_bytes
         self._place_at_once = place_at_once
+        self._waiting = waiting
         self._on_frame = on_frame or (lambda: None)
         self._on_delivered = on_delivered
         self._on_failure = on_failure
@@ -132,23 +136,19 @@ class FrameSender:
         """Messages that the peer has not receipted, and the bytes of their payloads."""
         return len(self._open), self._open_bytes
 
-    def has_room(self, header: pb.TensorHeader) -> bool:
-        """Whether `send` would queue this message without waiting: one always fits."""
-        if self._maximum_queued_bytes is None or not self._open:
-            return True
-        return self._open_bytes + header.tensor.size_bytes <= self._maximum_queued_bytes
-
-    def send(self, header: pb.TensorHeader, payload: Payload = None) -> None:
+    def send(self, header: pb.TensorHeader, payload: Payload = None, kind: Hashable = None) -> None:
         """Queue one message; the header is the caller's again when this returns, with its sequence set.
 
-        Waits for room; a failure, `close` and `cancel` end that.
+        Waits for room; a failure, `close` and `cancel` end that. kind: the same for headers that differ in entry,
+        micro-batch and sequence alone; None: unknown.
         """
         info = header.tensor
         size = info.size_bytes
         with self._changed:
-            if not self.has_room(header):
+            if not self._has_room(size):
                 self._ask()
-                self._changed.wait_for(lambda: self._failure or self._closing or self.has_room(header))
+                with self._waiting():
+                    self._changed.wait_for(lambda: self._failure or self._closing or self._has_room(size))
             self._check()
             self._sequence += 1
             header.sequence = self._sequence
@@ -158,11 +158,11 @@ class FrameSender:
             local = self._local
             if local is not None and not self._unwritten and not callable(payload):
                 if size <= self._at_once_bytes:
-                    self._write_at_once(local, header, payload)
+                    self._write_at_once(local, header, payload, kind)
                     return
                 if self._place_at_once is not None and payload is not None and self._place_at_once(header, payload):
                     message.shared = True
-                    self._write_at_once(local, header, None)
+                    self._write_at_once(local, header, None, None)
                     # The header is the caller's: the next message of its kind lies elsewhere.
                     info.ClearField("shared")
                     return
@@ -205,6 +205,12 @@ class FrameSender:
 
     def _start(self, role: str, target: Callable[[], None]) -> None:
         threading.Thread(target=target, name=f"{role} of {self._peer}", daemon=True).start()
+
+    def _has_room(self, size: int) -> bool:
+        """Whether a message would be queued without waiting: one always fits."""
+        if self._maximum_queued_bytes is None or not self._open:
+            return True
+        return self._open_bytes + size <= self._maximum_queued_bytes
 
     def _check(self) -> None:
         if self._failure:
@@ -320,11 +326,18 @@ class FrameSender:
             with self._changed:
                 self._unwritten -= 1
 
-    def _write_at_once(self, local: SendingEnd, header: pb.TensorHeader, payload: memoryview | None) -> None:
+    def _write_at_once(
+        self, local: SendingEnd, header: pb.TensorHeader, payload: memoryview | None, kind: Hashable
+    ) -> None:
         """Write a message on the thread of `send`; what finds no room is left to the thread that writes."""
-        frame = encode_first_frame(header, payload, checksums=self._checksums)
+        if not payload or self._checksums:
+            kind = None
+        number = None if kind is None else local.number_of(kind)
         try:
-            rest = local.try_write(frame)
+            if number is None or payload is None:
+                rest = local.try_write(encode_first_frame(header, payload, checksums=self._checksums), kind)
+            else:
+                rest = local.try_write_short(number, header.key.entry, header.key.micro_batch, payload)
         except OSError:
             return  # who reads receipts sees it too
         if rest:

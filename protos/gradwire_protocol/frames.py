@@ -239,6 +239,16 @@ class FrameAssembler:
         """The header of the message in progress."""
         return self._header
 
+    @property
+    def sequence(self) -> int:
+        """Of the last message that came, whole or not."""
+        return self._sequence
+
+    def count_message(self) -> int:
+        """Count a message that came another way than through `feed`, between two of those; return its sequence."""
+        self._sequence += 1
+        return self._sequence
+
     def feed(self, data: bytes) -> Message | None:
         """Take one encoded frame; return the message that it completes, or None. FrameError, LimitExceeded."""
         header, offset, chunk, checksum = decode_frame(data)

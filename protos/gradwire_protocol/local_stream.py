@@ -2,8 +2,14 @@
 
 What it carries is what a `Deliver` stream carries; a frame comes after its length, and no frame at all asks for the
 receipts that are due. Receipts come several at once, each with the time of its message (both ends have one clock), so
-that a small message costs one write and one read. Leaves to others: how the two got the socket (handover.py), what is
-sent (delivery.py), and what becomes of frames (the stage server's intake).
+that a small message costs one write and one read.
+
+A pipeline sends the same few kinds of message over and over: headers that differ in entry, micro-batch and sequence
+alone. The frame of the first of a kind is marked as such, and both ends count those; a later message, of one chunk, is
+a *short* frame, which names its kind by that number. Its sequence is the next one.
+
+Leaves to others: how the two got the socket (handover.py), what is sent (delivery.py), and what becomes of frames (the
+stage server's intake).
 """
 
 from __future__ import annotations
@@ -13,7 +19,8 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
+from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
@@ -28,7 +35,18 @@ RECEIPT_MESSAGES = 16
 RECEIPT_BYTES = 2**18
 QUIET_SECONDS = 0.1
 
+# A kind that finds this many before it never travels in short frames.
+MAXIMUM_KINDS = 1024
+
+
+# What stands behind a length, by its two highest bits: an encoded TensorFrame; the same, of the first message of a
+# kind; a ShortFrame.
+WHOLE, FIRST, SHORT = 0, 1 << 31, 1 << 30
+_FORMS = FIRST | SHORT
 _LENGTH = struct.Struct("<I")
+# 16 bytes behind the length: the payload lies on a multiple of that.
+_SHORT = struct.Struct("<IIQ")  # number of the kind (the first is 0), micro-batch, entry
+_SHORT_WITH_LENGTH = struct.Struct("<IIIQ")
 _RECEIPT = struct.Struct("<Qd")  # sequence, time.monotonic() when the message was whole
 _ERROR = 2**64 - 1  # in place of a sequence: the size of a google.rpc.Status follows in place of the time
 _MAXIMUM_ERROR_BYTES = 2**16
@@ -45,6 +63,23 @@ def connected_pair() -> tuple[socket.socket, socket.socket]:
     return ends
 
 
+class ShortFrame(NamedTuple):
+    """A message of a kind that both ends know, but for its sequence."""
+
+    kind: int
+    entry: int
+    micro_batch: int
+    payload: memoryview
+
+    @classmethod
+    def decode(cls, data: bytes) -> ShortFrame:
+        """FrameError."""
+        if len(data) <= _SHORT.size:
+            raise FrameError("A short frame is cut off", expected=f"more than {_SHORT.size} bytes", got=str(len(data)))
+        kind, micro_batch, entry = _SHORT.unpack_from(data)
+        return cls(kind, entry, micro_batch, memoryview(data)[_SHORT.size :])
+
+
 class SendingEnd:
     """Writes frames and reads receipts. One thread for each, and whoever writes must be alone in it."""
 
@@ -52,6 +87,7 @@ class SendingEnd:
         self._connection = connection
         self._lock = threading.Lock()
         self._users = 2
+        self._kinds: dict[Hashable, int] = {}
 
     def write(self, frame: bytes) -> None:
         """Write one frame, empty to ask for receipts; waits for room. OSError."""
@@ -63,9 +99,27 @@ class SendingEnd:
         """Write what `try_write` has left. OSError."""
         self._connection.sendall(rest)
 
-    def try_write(self, frame: bytes) -> bytes:
-        """Write a frame as far as there is room at once; return what is left of it. OSError."""
-        data = _LENGTH.pack(len(frame)) + frame
+    def try_write(self, frame: bytes, kind: Hashable = None) -> bytes:
+        """Write a frame as far as there is room at once; return what is left of it, to be written next. OSError.
+
+        kind: the frame is the whole of a message with a payload, the first of this kind that is written here.
+        """
+        length = len(frame)
+        if kind is not None and len(self._kinds) < MAXIMUM_KINDS:
+            self._kinds[kind] = len(self._kinds)
+            length |= FIRST
+        return self._try(_LENGTH.pack(length) + frame)
+
+    def number_of(self, kind: Hashable) -> int | None:
+        """Return the number of a kind, once one of it was written."""
+        return self._kinds.get(kind)
+
+    def try_write_short(self, number: int, entry: int, micro_batch: int, payload: memoryview) -> bytes:
+        """Write one more message of a kind as `try_write` does. payload: not empty, CHUNK_BYTES at most."""
+        length = _SHORT.size + payload.nbytes | SHORT
+        return self._try(_SHORT_WITH_LENGTH.pack(length, number, micro_batch, entry) + payload)
+
+    def _try(self, data: bytes) -> bytes:
         try:
             sent = self._connection.send(data, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -131,8 +185,9 @@ class ReceivingEnd:
     def fileno(self) -> int:
         return self._connection.fileno()
 
-    def read(self) -> Iterator[bytes]:
-        """Read once, and yield the frames that are whole; whoever stops early gets the others next time.
+    def read(self) -> Iterator[tuple[int, bytes]]:
+        """Read once, and yield the frames that are whole, each after its form. Whoever stops early gets
+        the others next time.
 
         FrameError, or OSError where it was cut off.
         """
@@ -149,21 +204,25 @@ class ReceivingEnd:
         self._data += part
         yield from self._whole()
 
-    def _whole(self) -> Iterator[bytes]:
+    def _whole(self) -> Iterator[tuple[int, bytes]]:
         """Yield what is whole; what is left is less than a frame, and the frames before it are kept alive no longer."""
         while len(self._data) - self._position >= _LENGTH.size:
             begin = self._position + _LENGTH.size
             (length,) = _LENGTH.unpack_from(self._data, self._position)
+            form = length & _FORMS
+            length ^= form
             if length > MAXIMUM_FRAME_BYTES:
                 raise FrameError(
                     "A frame is too large", expected=f"{MAXIMUM_FRAME_BYTES} bytes at most", got=str(length)
                 )
+            if form == _FORMS:
+                raise FrameError("A frame has no form", expected="whole, the first of a kind, or short", got=hex(form))
             self._missing = begin + length - len(self._data)
             if self._missing > 0:
                 break
             self._position = begin + length
-            if length:
-                yield self._data[begin : begin + length]
+            if length or form:
+                yield form, self._data[begin : begin + length]
             else:
                 self.send_receipts()
         self._data, self._position = self._data[self._position :], 0

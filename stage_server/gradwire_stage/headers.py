@@ -32,25 +32,38 @@ def make_header(run: str, generation: int, key: Key, value: Value | None) -> pb.
     return header
 
 
+class Kind:
+    """A kind of message, by its identity, and the header that was last made of it."""
+
+    __slots__ = ("codec", "header")
+
+    def __init__(self, header: pb.TensorHeader) -> None:
+        self.header = header
+        self.codec = header.tensor.codec
+
+
 class Headers:
     """Headers of one generation of a run. For one thread, and each header until the next one is asked for."""
 
     def __init__(self, run: str, generation: int) -> None:
         self._run = run
         self._generation = generation
-        self._kinds: dict[tuple[object, ...], pb.TensorHeader] = {}
+        self._kinds: dict[tuple[object, ...], Kind] = {}
 
-    def of(self, key: Key, value: Value | None, codec: pb.Codec) -> pb.TensorHeader:
-        """Return the header of a message; a dense tensor travels under the codec, if it gains by that."""
-        if not isinstance(value, torch.Tensor):
-            return make_header(self._run, self._generation, key, value)
+    def of(self, key: Key, value: torch.Tensor, codec: pb.Codec) -> Kind:
+        """Return the kind, and with it the header, of a message with a dense tensor.
+
+        It travels under the codec, if it gains by that.
+        """
         entry, micro_batch, *name = key
-        kind = (*name, codec, value.dtype, value.shape, value.stride(), value.requires_grad)
-        header = self._kinds.get(kind)
-        if header is None:
+        described = (*name, codec, value.dtype, value.shape, value.stride(), value.requires_grad)
+        kind = self._kinds.get(described)
+        if kind is None:
             if len(self._kinds) >= _MAXIMUM_KINDS:
                 self._kinds.clear()
-            header = self._kinds[kind] = make_header(self._run, self._generation, key, value)
+            header = make_header(self._run, self._generation, key, value)
             set_codec(header.tensor, codec, value.numel())
-        header.key.entry, header.key.micro_batch = entry, micro_batch
-        return header
+            kind = self._kinds[described] = Kind(header)
+        header_key = kind.header.key
+        header_key.entry, header_key.micro_batch = entry, micro_batch
+        return kind

@@ -8,12 +8,22 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import NamedTuple
 
-from gradwire_protocol.errors import LimitExceeded
-from gradwire_protocol.frames import Admission, FrameAssembler
+from gradwire_protocol.errors import FrameError, LimitExceeded
+from gradwire_protocol.frames import Admission, FrameAssembler, encode_first_frame
+from gradwire_protocol.local_stream import MAXIMUM_KINDS, ShortFrame
 from gradwire_protocol.v1 import tensors_pb2 as pb
+from gradwire_stage.known_kinds import KnownKind
 from gradwire_stage.mailbox import Inflow, Reservation
 from gradwire_stage.run_state import RunState
+
+
+class Whole(NamedTuple):
+    """A message that is whole, for its receipt."""
+
+    sequence: int
+    size_bytes: int  # of its payload
 
 
 class Intake:
@@ -27,13 +37,16 @@ class Intake:
         self._inflow: Inflow | None = None
         self._reservation: Reservation | None = None
         self._addressed: RunState | None = None  # the run of the message in progress
+        # Kinds that short frames name: a header of each, and what is known of it where its run is here.
+        self._kinds: list[tuple[pb.TensorHeader, RunState | None, KnownKind | None]] = []
         self._ended = False
         self._wait = True
 
-    def feed(self, frame: bytes, *, wait: bool = True) -> pb.TensorHeader | None:
-        """Take one frame; return the header of the message that it completes, for its receipt.
+    def feed(self, frame: bytes, *, wait: bool = True, first: bool = False) -> Whole | None:
+        """Take one frame; return the message that it completes, for its receipt.
 
-        Waits for room; without `wait`, HeldError where it would: the same frame may be fed again later.
+        Waits for room; without `wait`, HeldError where it would: the same frame may be fed again later. first: the
+        message is the first of a kind that short frames will name.
         """
         self._wait = wait
         message = self._assembler.feed(frame)
@@ -46,7 +59,54 @@ class Intake:
                     run.accept(message, reservation)
                 else:  # the run has ended meanwhile
                     run.mailbox.cancel(reservation)
-        return None if message is None else message.header
+        if first:
+            self._note_kind(None if message is None else message.header)
+        return None if message is None else Whole(message.header.sequence, message.header.tensor.size_bytes)
+
+    def feed_short(self, data: bytes) -> Whole:
+        """Take one encoded ShortFrame. HeldError where it would have to wait: it may be fed again later."""
+        short = ShortFrame.decode(data)
+        if short.kind >= len(self._kinds):
+            raise FrameError(
+                "A short frame names an unknown kind", expected=f"of {len(self._kinds)}", got=f"{short.kind}"
+            )
+        header, run, kind = self._kinds[short.kind]
+        size = header.tensor.size_bytes
+        if short.payload.nbytes != size or short.entry == 0 or self._assembler.header is not None:
+            raise FrameError(
+                "A short frame does not fit its kind, or comes inside a message",
+                expected=f"{size} bytes of {header.key.value!r}, and an entry of 1 or more",
+                got=f"{short.payload.nbytes} bytes, entry {short.entry}",
+            )
+        inflow = self._inflow
+        if (
+            kind is None
+            or run is None
+            or inflow is None
+            or run is not self._run
+            or self._find_run(header.key) is not run
+        ):
+            return self._feed_whole(header, short)
+        run.receive(kind, short.entry, short.micro_batch, short.payload, inflow)
+        return Whole(self._assembler.count_message(), size)
+
+    def _feed_whole(self, header: pb.TensorHeader, short: ShortFrame) -> Whole:
+        """Take a short frame as the frame that it stands for."""
+        header.key.entry, header.key.micro_batch = short.entry, short.micro_batch
+        header.sequence = self._assembler.sequence + 1
+        whole = self.feed(encode_first_frame(header, short.payload), wait=False)
+        if whole is None:
+            raise FrameError("A short frame is not a message", got=f"{short.payload.nbytes} bytes")
+        return whole
+
+    def _note_kind(self, header: pb.TensorHeader | None) -> None:
+        """Keep what a message is of, the first of its kind."""
+        if header is None or not header.tensor.size_bytes or header.tensor.HasField("shared"):
+            raise FrameError("The first of a kind is not one frame with a payload", expected="a message of one chunk")
+        if len(self._kinds) >= MAXIMUM_KINDS:
+            raise FrameError("Too many kinds of messages", expected=f"{MAXIMUM_KINDS} at most")
+        run = self._run if self._addressed is self._run else None
+        self._kinds.append((header, run, None if run is None else run.kind_of(header)))
 
     def finish(self) -> None:
         """Refuse a stream that ends inside a message."""

@@ -23,7 +23,7 @@ import structlog
 
 from gradwire_protocol.errors import GradwireError, InternalError, LimitExceeded
 from gradwire_protocol.handover import take_over
-from gradwire_protocol.local_stream import QUIET_SECONDS, ReceivingEnd
+from gradwire_protocol.local_stream import FIRST, QUIET_SECONDS, SHORT, ReceivingEnd
 from gradwire_protocol.shared_block import TICKET_BYTES, BlockError, unsupported
 from gradwire_protocol.v1 import stage_pb2
 from gradwire_stage.bell import Bell, PlainBell
@@ -45,7 +45,8 @@ class _Stream:
     server: str
     end: ReceivingEnd
     intake: Intake
-    held: bytes | None = None  # a frame that found no room; nothing is read behind it
+    # A frame that found no room, after its form; nothing is read behind it.
+    held: tuple[int, bytes] | None = None
 
 
 class LocalStreams:
@@ -211,8 +212,8 @@ class _Reader:
                 self._guarded(stream, self._read_stream)
 
     def _read_stream(self, stream: _Stream) -> None:
-        for frame in stream.end.read():
-            if not self._feed(stream, frame):
+        for form, frame in stream.end.read():
+            if not self._feed(stream, form, frame):
                 self._held.append(stream)
                 self._ignore(stream)
                 return
@@ -232,23 +233,27 @@ class _Reader:
         return len(self._held) < len(waiting)
 
     def _go_on(self, stream: _Stream) -> None:
-        frame, stream.held = stream.held, None
-        if frame is not None and not self._feed(stream, frame):
+        held, stream.held = stream.held, None
+        if held is not None and not self._feed(stream, *held):
             self._held.append(stream)
             return
         self._listen(stream)
         # What was read with it.
         self._read_stream(stream)
 
-    def _feed(self, stream: _Stream, frame: bytes) -> bool:
+    def _feed(self, stream: _Stream, form: int, frame: bytes) -> bool:
         """Take one frame; False: it found no room, and is kept."""
         try:
-            whole = stream.intake.feed(frame, wait=False)
+            whole = (
+                stream.intake.feed_short(frame)
+                if form == SHORT
+                else stream.intake.feed(frame, wait=False, first=form == FIRST)
+            )
         except HeldError:
-            stream.held = frame
+            stream.held = form, frame
             return False
         if whole is not None:
-            stream.end.receipt(whole.sequence, whole.tensor.size_bytes)
+            stream.end.receipt(*whole)
         return True
 
     def _guarded(self, stream: _Stream, act: Callable[[_Stream], None]) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -25,7 +26,7 @@ from gradwire_protocol.v1 import tensors_pb2 as pb
 from gradwire_stage.arrivals import EXCHANGE
 from gradwire_stage.codecs.registry import encode
 from gradwire_stage.device import Arrived, Device
-from gradwire_stage.headers import Headers, Number, Value
+from gradwire_stage.headers import Headers, Number, Value, make_header
 from gradwire_stage.keys import Key
 from gradwire_stage.local_connector import LocalConnector
 from gradwire_stage.mailbox import Mailbox
@@ -115,15 +116,16 @@ class Peers:
             if server == self._own:
                 self._mailbox.put(key, self._local(value))
                 continue
-            header = self._headers.of(key, value, codecs.get(server, pb.CODEC_NONE))
-            payload = None
-            if isinstance(value, torch.Tensor):
-                codec = header.tensor.codec
-                payload = payloads.get(codec)
-                if payload is None:
-                    encoded = value if codec == pb.CODEC_NONE else encode(codec, value)
-                    payload = payloads[codec] = self._device.payload(encoded)
-            self._queue(server, self._sender(server, key.direction), header, payload)
+            sender = self._sender(server, key.direction)
+            if not isinstance(value, torch.Tensor):
+                sender.send(make_header(self._run, self._generation, key, value))
+                continue
+            kind = self._headers.of(key, value, codecs.get(server, pb.CODEC_NONE))
+            payload = payloads.get(kind.codec)
+            if payload is None:
+                encoded = value if kind.codec == pb.CODEC_NONE else encode(kind.codec, value)
+                payload = payloads[kind.codec] = self._device.payload(encoded)
+            sender.send(kind.header, payload, kind)
 
     @property
     def waiting(self) -> WaitingForRoom | None:
@@ -163,14 +165,13 @@ class Peers:
             return Arrived(value.detach()), value.requires_grad
         return ABSENT if value is None else value
 
-    def _queue(self, server: str, sender: FrameSender, header: pb.TensorHeader, payload: Payload) -> None:
-        if sender.has_room(header):
-            sender.send(header, payload)
-            return
+    @contextmanager
+    def _waits(self, server: str) -> Iterator[None]:
+        """Around a wait for a server to take what was sent to it."""
         self._waiting = WaitingForRoom(server, time.monotonic())
         try:
             with self._pause():
-                sender.send(header, payload)
+                yield
         finally:
             self._waiting = None
 
@@ -199,6 +200,7 @@ class Peers:
                 place_at_once=shared.place_at_once if direction in EXCHANGE else None,
                 maximum_queued_bytes=self._send_bytes,
                 checksums=self._checksums,
+                waiting=partial(self._waits, server),
                 on_frame=self._on_frame,
                 on_delivered=lambda delivered: self._on_sent(server, delivered),
                 on_failure=self._on_failure,

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from gradwire_protocol.frames import FrameAssembler, encode_first_frame
-from gradwire_protocol.local_stream import ReceivingEnd, SendingEnd, connected_pair
+from gradwire_protocol.frames import encode_first_frame
+from gradwire_protocol.local_stream import ReceivingEnd, SendingEnd, ShortFrame, connected_pair
 from gradwire_protocol.v1 import stage_pb2
 from gradwire_protocol.v1 import tensors_pb2 as pb
-from gradwire_stage.codecs.registry import unpack
 from gradwire_stage.device import Device
-from gradwire_stage.headers import Headers
+from gradwire_stage.headers import Headers, Kind
 from gradwire_stage.keys import Key
+from gradwire_stage.known_kinds import KnownKind
 from gradwire_stage.segment import BuiltSegment
 from gradwire_stage.timeline import Clock
 
@@ -46,27 +46,35 @@ def measure_action(device: Device, clock: Clock[Any]) -> stage_pb2.ActionCost:
     other = torch.zeros(_OTHER_BYTES // 4, device=torch_device)
     value = torch.ones(1, _ELEMENTS, device=torch_device, requires_grad=True)
     gradient = torch.ones_like(value)
-    headers, assembler = Headers("measured", 1), FrameAssembler()
     one, two = connected_pair()
     sending, receiving = SendingEnd(one), ReceivingEnd(two)
+    headers = Headers("measured", 1)
 
     def pause() -> None:
         other.add_(1.0)
         time.sleep(_PAUSE_SECONDS)
 
+    def kind_and_payload(number: int, tensor: torch.Tensor) -> tuple[Kind, memoryview]:
+        made = device.payload(tensor)
+        payload = made() if callable(made) else made
+        if payload is None:
+            raise AssertionError("a tensor with elements has a payload")
+        return headers.of(Key(1, number, "n0", pb.DIRECTION_FORWARD, 0), tensor, pb.CODEC_NONE), payload
+
     def send(number: int, tensor: torch.Tensor) -> None:
-        header = headers.of(Key(1, number, "n0", pb.DIRECTION_FORWARD, 0), tensor, pb.CODEC_NONE)
-        header.sequence = number + 1
-        payload = device.payload(tensor)
-        sending.try_write(encode_first_frame(header, payload() if callable(payload) else payload))
+        kind, payload = kind_and_payload(number, tensor)
+        sending.try_write_short(sending.number_of(kind) or 0, 1, number, payload)
 
     def receive() -> torch.Tensor:
-        for frame in receiving.read():
-            message = assembler.feed(frame)
-            if message is not None:
-                return device.claim(device.receive(*unpack(message))).requires_grad_()
+        for _, frame in receiving.read():
+            return device.claim(device.receive(*known.unpack(ShortFrame.decode(frame).payload))).requires_grad_()
         raise AssertionError("what was written is there to be read")
 
+    # The first of a kind is another matter, and does not count.
+    kind, payload = kind_and_payload(0, value)
+    known = KnownKind(kind.header, "")
+    sending.try_write(encode_first_frame(kind.header, payload), kind)
+    list(receiving.read())
     runs = []
     try:
         send(0, value)

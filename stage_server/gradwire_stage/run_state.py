@@ -36,6 +36,7 @@ from gradwire_stage.exchange.agreements import make_agreement
 from gradwire_stage.headers import Value, make_header
 from gradwire_stage.kept_state import KeptState
 from gradwire_stage.keys import FROM_CLIENT, Key
+from gradwire_stage.known_kinds import KnownKind
 from gradwire_stage.mailbox import CREDIT_BYTES, Inflow, Mailbox, Reservation
 from gradwire_stage.metrics import StageMetrics
 from gradwire_stage.optimizer import StageOptimizer
@@ -198,10 +199,31 @@ class RunState:
         """
         key = key_of(header)
         self._arrivals.check(key)
+        data_type = TORCH_TYPES.get(header.tensor.data_type)
+        if header.tensor.requires_grad and data_type and not (data_type.is_floating_point or data_type.is_complex):
+            raise FrameError(f"{header.key.value!r} cannot have a gradient", got=str(data_type))
         return self.mailbox.reserve(key, payload_bytes, inflow, answered=is_answered(header), wait=wait)
 
+    def kind_of(self, header: pb.TensorHeader) -> KnownKind:
+        """Return what is to be known of messages that differ from an admitted one in entry and micro-batch alone."""
+        return KnownKind(header, self._arrivals.sender(key_of(header)))
+
+    def receive(self, kind: KnownKind, entry: int, micro_batch: int, payload: memoryview, inflow: Inflow) -> None:
+        """Take a whole message of a known kind, as `admit` and `accept` take others; its key has been checked.
+
+        payload: as many bytes as the kind has. HeldError where it would have to wait for room, LimitExceeded.
+        """
+        key = kind.key._replace(entry=entry, micro_batch=micro_batch)
+        reservation = self.mailbox.reserve(key, kind.size_bytes, inflow, answered=kind.answered, wait=False)
+        self.note_frame(key.direction)
+        if reservation is None:
+            return
+        tensor, encoded = kind.unpack(payload)
+        self.metrics.received(kind.sender, key.direction, kind.codec, kind.size_bytes)
+        self.mailbox.fill(reservation, (self.device.receive(tensor, encoded), kind.wants_gradient))
+
     def accept(self, message: Message, reservation: Reservation) -> None:
-        """Take a whole message that was admitted. FrameError if its content cannot be what it says."""
+        """Take a whole message that was admitted."""
         header = message.header
         content = self._content(message)
         sender = self._arrivals.sender(reservation.key)
@@ -333,10 +355,7 @@ class RunState:
             case "absent":
                 return ABSENT
         tensor, encoded = unpack(message)
-        wanted, data_type = header.tensor.requires_grad, TORCH_TYPES[header.tensor.data_type]
-        if wanted and not (data_type.is_floating_point or data_type.is_complex):
-            raise FrameError(f"{header.key.value!r} cannot have a gradient", got=str(data_type))
-        return self.device.receive(tensor, encoded), wanted
+        return self.device.receive(tensor, encoded), header.tensor.requires_grad
 
     def _drop(self, reason: str) -> None:
         self._dropped.labels(reason).inc()

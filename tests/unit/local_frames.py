@@ -13,4 +13,4 @@ def local_frames(end: ReceivingEnd) -> Iterator[bytes]:
     while not end.ended:
         if not select.select([end], [], [], QUIET_SECONDS)[0]:
             end.send_receipts()
-        yield from end.read()
+        yield from (frame for _, frame in end.read())

@@ -12,8 +12,7 @@ from test_mailbox import Box, key
 from gradwire_protocol.errors import FrameError
 from gradwire_protocol.local_stream import ReceivingEnd, SendingEnd, connected_pair
 from gradwire_protocol.shared_block import BlockError, unsupported
-from gradwire_protocol.v1 import tensors_pb2 as pb
-from gradwire_stage.intake import StreamLimit
+from gradwire_stage.intake import StreamLimit, Whole
 from gradwire_stage.keys import Key
 from gradwire_stage.local_streams import _Reader, _Stream
 from gradwire_stage.mailbox import CREDIT_BYTES, HeldError, Mailbox
@@ -31,8 +30,9 @@ class FakeIntake:
         self.closed = False
         self.sequence = 0
 
-    def feed(self, frame: bytes, *, wait: bool) -> pb.TensorHeader:
+    def feed(self, frame: bytes, *, wait: bool, first: bool) -> Whole:
         assert not wait
+        assert not first
         if frame == b"bad":
             raise FrameError("Not a number")
         self.threads.append(threading.current_thread().name)
@@ -41,7 +41,7 @@ class FakeIntake:
         assert reservation is not None
         self.mailbox.fill(reservation, number)
         self.sequence += 1
-        return pb.TensorHeader(sequence=self.sequence)
+        return Whole(self.sequence, 0)
 
     def finish(self) -> None:
         pass

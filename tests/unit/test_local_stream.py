@@ -11,10 +11,15 @@ from local_frames import local_frames
 
 from gradwire_protocol.errors import FrameError, InternalError, LimitExceeded
 from gradwire_protocol.local_stream import (
+    FIRST,
     MAXIMUM_FRAME_BYTES,
+    MAXIMUM_KINDS,
     RECEIPT_MESSAGES,
+    SHORT,
+    WHOLE,
     ReceivingEnd,
     SendingEnd,
+    ShortFrame,
     connected_pair,
 )
 
@@ -104,13 +109,69 @@ def test_who_stops_early_gets_the_rest_next_time(ends):
     sending, receiving = ends
     for frame in (b"one", b"two", b"three"):
         sending.write(frame)
-    assert next(receiving.read()) == b"one"
-    assert list(receiving.read()) == [b"two", b"three"]
+    assert next(receiving.read()) == (WHOLE, b"one")
+    assert list(receiving.read()) == [(WHOLE, b"two"), (WHOLE, b"three")]
     assert list(receiving.read()) == []
     assert not receiving.ended
     sending.end()
     assert list(receiving.read()) == []
     assert receiving.ended
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 2**64 - 1), st.integers(0, 2**32 - 1), st.binary(min_size=1)), max_size=9),
+)
+def test_short_frames_name_the_kind_that_came_first(messages):
+    one, other = connected_pair()
+    sending, receiving = SendingEnd(one), ReceivingEnd(other)
+    assert sending.number_of("second") is None
+    for kind in ("first", "second"):
+        sending.try_write(kind.encode(), kind)
+    number = sending.number_of("second")
+    for entry, micro_batch, payload in messages:
+        sending.try_write_short(number, entry, micro_batch, memoryview(payload))
+    sending.try_write(b"none")
+    sending.end()
+    came = []
+    while not receiving.ended:
+        came += list(receiving.read())
+    assert came[:2] == [(FIRST, b"first"), (FIRST, b"second")]
+    assert came[-1] == (WHOLE, b"none")
+    assert [form for form, _ in came[2:-1]] == [SHORT] * len(messages)
+    short = [ShortFrame.decode(data) for _, data in came[2:-1]]
+    assert [(each.kind, each.entry, each.micro_batch, bytes(each.payload)) for each in short] == [
+        (1, *message) for message in messages
+    ]
+    receiving.close()
+    sending.release()
+    sending.release()
+
+
+def test_kinds_are_limited(ends):
+    sending, receiving = ends
+    for number in range(MAXIMUM_KINDS + 1):
+        sending.try_write(b"x", number)
+    assert sending.number_of(MAXIMUM_KINDS - 1) == MAXIMUM_KINDS - 1
+    assert sending.number_of(MAXIMUM_KINDS) is None
+    sending.end()
+    forms = []
+    while not receiving.ended:
+        forms += [form for form, _ in receiving.read()]
+    assert forms == [FIRST] * MAXIMUM_KINDS + [WHOLE]
+
+
+@pytest.mark.parametrize("size", range(17))
+def test_a_short_frame_that_is_cut_off_is_refused(size):
+    with pytest.raises(FrameError, match="cut off"):
+        ShortFrame.decode(bytes(size))
+
+
+def test_a_frame_of_two_forms_is_refused(ends):
+    sending, receiving = ends
+    sending._connection.sendall(struct.pack("<I", FIRST | SHORT | 1) + b"x")
+    with pytest.raises(FrameError, match="no form"):
+        next(local_frames(receiving))
 
 
 def test_receipts_that_nobody_reads_end_the_stream(ends):
