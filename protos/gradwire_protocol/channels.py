@@ -38,6 +38,8 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     # A proxy from the environment is for web traffic, not for peers.
     ("grpc.enable_http_proxy", 0),
 )
+# How packets say that they may wait: TOS 8, which Linux's pfifo_fast and prio send last, and others as any packet.
+_BULK_OPTIONS: tuple[tuple[str, int], ...] = (("grpc.dscp", 2),)
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     *_COMMON_OPTIONS,
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
@@ -102,16 +104,20 @@ def check_plaintext(address: str, tls: TlsFiles | None, *, insecure: bool = Fals
         )
 
 
-def open_channel(address: str, tls: TlsFiles | None = None, *, insecure: bool = False) -> Any:
-    """Return a grpc.Channel to HOST:PORT, with a connection of its own. Connects lazily, and again when it breaks."""
+def open_channel(address: str, tls: TlsFiles | None = None, *, insecure: bool = False, bulk: bool = False) -> Any:
+    """Return a grpc.Channel to HOST:PORT, with a connection of its own. Connects lazily, and again when it breaks.
+
+    bulk: what is sent over it may wait where a network card or a router has too much to send.
+    """
     check_plaintext(address, tls, insecure=insecure)
+    options = CHANNEL_OPTIONS + (_BULK_OPTIONS if bulk else ())
     if tls is None:
-        return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        return grpc.insecure_channel(address, options=options)
     authority, certificate, key = tls.read()
     credentials = grpc.ssl_channel_credentials(
         root_certificates=authority, private_key=key, certificate_chain=certificate
     )
-    return grpc.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
+    return grpc.secure_channel(address, credentials, options=options)
 
 
 def bind(server: Any, address: str, tls: TlsFiles | None = None, *, insecure: bool = False) -> str:

@@ -26,6 +26,11 @@ from gradwire_protocol.v1 import tensors_pb2 as pb
 
 DELIVER = "/gradwire_protocol.v1.StageService/Deliver"
 
+# By how much longer than the fastest of its size a message may take before it counts as held up.
+_LONGER = 1.5
+# Batches whose sizes differ make some for each size.
+_MAXIMUM_SIZES = 1024
+
 # The bytes of a message, or a function that waits for them (a copy from a device), called on the sender's thread.
 Payload = memoryview | Callable[[], memoryview] | None
 
@@ -83,7 +88,8 @@ class FrameSender:
     no chunks. `connect`, called on a thread of the sender, returns a socket to the peer if it is on this host, else
     None; over it, payloads of up to `at_once_bytes`, CHUNK_BYTES at most, that are there are written by `send` itself,
     which saves a change of threads, and not placed; larger ones are tried with `place_at_once`, which does what `place`
-    does, but does not wait.
+    does, but does not wait. `before_frame`, called on a thread of the sender before each frame that goes over the
+    network, may wait a little.
     After a failure every `send` and `flush` raises it; the sender does not reconnect.
     """
 
@@ -99,6 +105,7 @@ class FrameSender:
         connect: Callable[[], socket.socket | None] | None = None,
         at_once_bytes: int = 0,
         place_at_once: Callable[[pb.TensorHeader, memoryview], bool] | None = None,
+        before_frame: Callable[[], None] | None = None,
         waiting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
         on_frame: Callable[[], None] | None = None,
         on_delivered: Callable[[Delivered], None] | None = None,
@@ -110,6 +117,7 @@ class FrameSender:
         self._place = place
         self._at_once_bytes = at_once_bytes
         self._place_at_once = place_at_once
+        self._before_frame = before_frame or (lambda: None)
         self._waiting = waiting
         self._on_frame = on_frame or (lambda: None)
         self._on_delivered = on_delivered
@@ -119,6 +127,8 @@ class FrameSender:
         self._unwritten = 0  # items of the queue, until they are written
         self._open: deque[_Open] = deque()
         self._open_bytes = 0
+        # The shortest time from `send` to the receipt, over a network, of messages with as many bytes of payload.
+        self._shortest: dict[int, float] = {}
         self._sequence = 0
         self._closing = False
         self._failure: GradwireError | None = None
@@ -135,6 +145,19 @@ class FrameSender:
     def unreceipted(self) -> tuple[int, int]:
         """Messages that the peer has not receipted, and the bytes of their payloads."""
         return len(self._open), self._open_bytes
+
+    @property
+    def is_held_up(self) -> bool:
+        """Whether a message takes longer over the network than one of its size has taken before: others are in its way.
+
+        Any thread. The first of a size tell nothing, nor do those that stay on the host.
+        """
+        with self._changed:
+            if not self._open:
+                return False
+            oldest = self._open[0]
+            shortest = self._shortest.get(oldest.size_bytes)
+            return shortest is not None and time.monotonic() - oldest.since > _LONGER * shortest
 
     def send(self, header: pb.TensorHeader, payload: Payload = None, kind: Hashable = None) -> None:
         """Queue one message; the header is the caller's again when this returns, with its sequence set.
@@ -255,6 +278,7 @@ class FrameSender:
                 continue
             try:
                 for frame in self._frames_of(item):
+                    self._before_frame()
                     yield frame
                     # gRPC comes for the next one when the network has taken this one.
                     self._on_frame()
@@ -376,11 +400,18 @@ class FrameSender:
                     done = self._open.popleft()
                     self._open_bytes -= done.size_bytes
                     seconds = arrived - done.since
+                    if self._local is None:
+                        self._note_time(done.size_bytes, seconds)
                     delivered.append(Delivered(done.direction, done.codec, done.size_bytes, done.shared, seconds))
             self._changed.notify_all()
         if self._on_delivered:
             for message in delivered:
                 self._on_delivered(message)
+
+    def _note_time(self, size_bytes: int, seconds: float) -> None:
+        known = self._shortest.get(size_bytes)
+        if known is not None or len(self._shortest) < _MAXIMUM_SIZES:
+            self._shortest[size_bytes] = seconds if known is None else min(known, seconds)
 
     def _fail(self, error: GradwireError, *, report: bool = True) -> None:
         with self._changed:

@@ -42,6 +42,9 @@ _NO_CODECS: Mapping[str, pb.Codec] = MappingProxyType({})
 SEND_BYTES = 128 * 2**20
 # Copying that much to a socket takes the compute thread less time than waking another thread to do it.
 _AT_ONCE_BYTES = 64 * 2**10
+# What a frame of the exchange waits, at most, while activations are held up; and how often it looks.
+_GIVE_WAY_SECONDS = 0.1
+_LOOK_SECONDS = 0.002
 
 _log = structlog.get_logger(__name__)
 
@@ -68,7 +71,7 @@ class Peers:
         generation: int,
         own: str,
         addresses: Mapping[str, str],
-        open_channel: Callable[[str], Any],
+        open_channel: Callable[..., Any],
         mailbox: Mailbox[Incoming],
         device: Device,
         shared_memory: SharedMemory,
@@ -165,6 +168,17 @@ class Peers:
             return Arrived(value.detach()), value.requires_grad
         return ABSENT if value is None else value
 
+    def _give_way(self) -> None:
+        """Wait, before a frame of the exchange, while activations on their way take longer than they need to.
+
+        Not for ever: they may be slow for another reason.
+        """
+        with self._lock:
+            activations = [sender for (_, exchanges), sender in self._senders.items() if not exchanges]
+        deadline = time.monotonic() + _GIVE_WAY_SECONDS
+        while any(sender.is_held_up for sender in activations) and time.monotonic() < deadline:
+            time.sleep(_LOOK_SECONDS)
+
     @contextmanager
     def _waits(self, server: str) -> Iterator[None]:
         """Around a wait for a server to take what was sent to it."""
@@ -181,7 +195,8 @@ class Peers:
         if sender is not None:
             return sender
         with self._lock:
-            channel = self._open_channel(self._addresses[server])
+            exchanges = direction in EXCHANGE
+            channel = self._open_channel(self._addresses[server], bulk=exchanges)
             self._channels.append(channel)
             about = stage_pb2.OfferSharedBlockRequest(run=self._run, generation=self._generation, server=self._own)
             shared = SharedSender(self._shared_memory, about, server, offers_to(channel))
@@ -197,7 +212,9 @@ class Peers:
                 else LocalConnector(self._shared_memory, shared, channel, stream, server),
                 at_once_bytes=0 if settings is None else min(_AT_ONCE_BYTES, settings.threshold_bytes - 1),
                 # Whoever exchanges gradients has little else to do; an activation is copied beside the next action.
-                place_at_once=shared.place_at_once if direction in EXCHANGE else None,
+                place_at_once=shared.place_at_once if exchanges else None,
+                # Computing waits for activations now, and for gradients of replicas later.
+                before_frame=self._give_way if exchanges else None,
                 maximum_queued_bytes=self._send_bytes,
                 checksums=self._checksums,
                 waiting=partial(self._waits, server),

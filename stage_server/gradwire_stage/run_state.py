@@ -82,7 +82,7 @@ class RunState:
         outbox_bytes: int,
         credit_bytes: int = CREDIT_BYTES,
         send_bytes: int = SEND_BYTES,
-        open_channel: Callable[[str], Any],
+        open_channel: Callable[..., Any],
         metrics: StageMetrics,
         fail: Callable[[GradwireError], None],
         weights_root: Path | None = None,

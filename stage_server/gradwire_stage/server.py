@@ -39,8 +39,8 @@ def run_server(settings: StageSettings) -> None:
     server = settings.server or f"{host_name()}-{secrets.token_hex(4)}"
     info = device.describe()
 
-    def dial(address: str) -> Any:
-        return open_channel(address, settings.tls, insecure=settings.insecure)
+    def dial(address: str, *, bulk: bool = False) -> Any:
+        return open_channel(address, settings.tls, insecure=settings.insecure, bulk=bulk)
 
     metrics = StageMetrics(service.registry, version=distribution)
     shared_memory = SharedMemory(

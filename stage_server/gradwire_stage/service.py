@@ -82,7 +82,8 @@ class _Held:
 
 
 class StageService(stage_pb2_grpc.StageServiceServicer):
-    """The servicer. `server` is this server's identifier; `open_channel` dials a peer's address.
+    """The servicer. `server` is this server's identifier; `open_channel` dials a peer's address; `bulk`: for what may
+    wait.
 
     weights_root: the directory that runs may have this server read weights from; None: none. checkpoint_root: the one
     that it writes checkpoints to, and reads them from. operators: those that are admitted besides the allow-list, by
@@ -95,7 +96,7 @@ class StageService(stage_pb2_grpc.StageServiceServicer):
         device: Device,
         limits: Limits,
         metrics: StageMetrics,
-        open_channel: Callable[[str], Any],
+        open_channel: Callable[..., Any],
         *,
         weights_root: Path | None = None,
         checkpoint_root: Path | None = None,

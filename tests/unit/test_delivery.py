@@ -227,6 +227,38 @@ def test_every_frame_that_the_network_takes_is_counted(receiver):
     sender.close()
 
 
+def test_what_takes_longer_over_a_network_than_before_is_held_up(receiver):
+    sender = receiver.sender()
+    sender.send(*message(10))
+    sender.flush(5)
+    assert not sender.is_held_up
+    receiver.gate.clear()
+    sender.send(*message(10))
+    over_network = "socket" not in receiver.over or receiver.over == "no socket"
+    wait_until(lambda: sender.is_held_up, 5 if over_network else 0.3)
+    assert sender.is_held_up == over_network
+    receiver.gate.set()
+    sender.flush(5)
+    assert not sender.is_held_up
+    # The first of its size tells nothing.
+    receiver.gate.clear()
+    sender.send(*message(11))
+    time.sleep(0.1)
+    assert not sender.is_held_up
+    receiver.gate.set()
+    sender.flush(5)
+    sender.close()
+
+
+def test_only_frames_for_the_network_may_be_made_to_wait(receiver):
+    frames = []
+    sender = receiver.sender(before_frame=lambda: frames.append(1))
+    sender.send(*message(3 * 2**20))
+    sender.flush(5)
+    assert len(frames) == (3 if receiver.over in ("grpc", "no socket") else 0)
+    sender.close()
+
+
 @pytest.mark.parametrize("receiver", ["socket", "socket, at once"], indirect=True)
 def test_over_a_socket_receipts_come_together_and_on_request(receiver):
     delivered = []
