@@ -156,7 +156,10 @@ class Passes:
     def weight_gradients(self, stage: int, micro_batch: int) -> None:
         """Add up the gradients that a split backward has left."""
         self._timeline.switch(phases.WEIGHT)
-        self._split.pop((stage, micro_batch)).backward_weight()
+        segment_pass = self._split.pop((stage, micro_batch))
+        agreement = self._run.agreement
+        agreement.left_to_add(segment_pass.weights_left)
+        segment_pass.backward_weight(agreement.added)
 
     def own_weight(self) -> torch.Tensor | None:
         """Return the total weight of the losses made here, 0-d float64 on the device; None before the last of them.

@@ -220,13 +220,18 @@ class SegmentPass:
                 self._weights = run_input_part(outputs, output_gradients)
         return self._made()
 
-    def backward_weight(self) -> None:
-        """Accumulate the parameters' gradients that `backward_input` has left. Frees the pass."""
+    @property
+    def weights_left(self) -> list[torch.nn.Parameter]:
+        """The parameters whose gradients `backward_input` has left to `backward_weight`, some or all of it."""
+        return [] if self._weights is None else self._weights.parameters
+
+    def backward_weight(self, added: Callable[[torch.nn.Parameter], None] = lambda parameter: None) -> None:
+        """Accumulate the parameters' gradients that `backward_input` has left, and say so of each. Frees the pass."""
         weights, self._weights = self._weights, None
         if weights is None:
             raise InternalError("The weight gradients of a segment were asked for before its input gradients, or twice")
         with _located():
-            weights.accumulate()
+            weights.accumulate(added)
 
     def _roots(
         self,

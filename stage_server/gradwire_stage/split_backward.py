@@ -78,15 +78,27 @@ class WeightGradients:
     def __init__(self) -> None:
         self._queue: list[_Deferred] = []  # in the order in which the engine came by
 
-    def accumulate(self) -> None:
-        """Add to the gradients of the parameters; frees what was kept for each as soon as it is used."""
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that `accumulate` will add to."""
+        return list(dict.fromkeys(operand.leaf.variable for item in self._queue for operand in item.operands))
+
+    def accumulate(self, added: Callable[[nn.Parameter], None] = lambda parameter: None) -> None:
+        """Add to the gradients of the parameters; frees what was kept for each as soon as it is used.
+
+        added: called for each parameter when all of this was added to its gradient.
+        """
         groups = _groups(self._queue)
         self._queue = []
-        with torch.no_grad():
-            while groups:
-                sums = _sums(groups.popleft())
+        while groups:
+            group = groups.popleft()
+            parameters = dict.fromkeys(operand.leaf.variable for item in group for operand in item.operands)
+            with torch.no_grad():
+                sums = _sums(group)
                 if not _add_at_leaves(sums):
                     torch.autograd.backward([GradientEdge(*target) for target in sums], list(sums.values()))
+            for parameter in parameters:
+                added(parameter)
 
     def expect(self, node: Node, operands: Sequence[_Operand], formula: Formula) -> None:
         """Keep the gradient of a node's output when the engine comes by."""

@@ -239,6 +239,25 @@ def test_incoming_values_get_their_gradients_first() -> None:
     assert_same(made["split"], made["whole"])
 
 
+def test_each_parameter_is_named_when_its_gradient_is_whole() -> None:
+    """Once, also where it is used twice; those that the first part has finished are not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8, bias=False)).double()
+    model.append(model[1])
+    weights = run_input_part([model(torch.randn(3, 8).double()).square().sum()], [torch.tensor(1.0).double()])
+    left = {
+        name for name, parameter in model.named_parameters() if any(parameter is each for each in weights.parameters)
+    }
+    assert left == {"1.weight", "1.bias", "3.weight"}
+    assert len(weights.parameters) == 3
+    found: list[tuple[nn.Parameter, torch.Tensor]] = []
+    weights.accumulate(lambda parameter: found.append((parameter, parameter.grad.clone())))
+    assert len(found) == 3
+    for parameter, gradient in found:
+        assert torch.equal(parameter.grad, gradient)
+    assert {id(parameter) for parameter, _ in found} == {id(model[1].weight), id(model[1].bias), id(model[3].weight)}
+
+
 def test_what_is_kept_for_the_weights() -> None:
     torch.manual_seed(0)
     rows, time, width = 4, 8, 16

@@ -70,6 +70,12 @@ class Agreement:
     def before(self, action: Action) -> None:
         """An action of a micro-batch begins, which may add to gradients."""
 
+    def left_to_add(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """The action that has begun adds to the gradients of these parameters only."""
+
+    def added(self, parameter: torch.nn.Parameter) -> None:
+        """It has added to this one's."""
+
     def after(self, action: Action) -> None:
         """An action of a micro-batch has ended."""
 

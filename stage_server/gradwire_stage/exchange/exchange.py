@@ -70,6 +70,7 @@ class ReplicaExchange(Agreement):
         self._replica_buffers = ReplicaBuffers(segments, run.tensors)
         self.buffers = self._replica_buffers
         self._bucket_of = {name: number for number, bucket in enumerate(self._buckets) for name in bucket.names}
+        self._name_of = {run.parameters[name]: name for name in self._bucket_of}
         self._step: StepExchange | None = None
         self._hooks = [
             # Called whenever autograd has added to a parameter's gradient.
@@ -88,6 +89,14 @@ class ReplicaExchange(Agreement):
 
     def before(self, action: Action) -> None:
         self._running.before(action)
+
+    def left_to_add(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        self._running.only({self._name_of[parameter] for parameter in parameters if parameter in self._name_of})
+
+    def added(self, parameter: torch.nn.Parameter) -> None:
+        name = self._name_of.get(parameter)
+        if name is not None:
+            self._running.accumulated(self._bucket_of[name], name)
 
     def after(self, action: Action) -> None:
         """Start what is ready by the action, and go on with what can."""
@@ -121,6 +130,7 @@ class ReplicaExchange(Agreement):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._name_of.clear()
         self._reducers.clear()
         self._step = None
         self._sharding = None

@@ -6,7 +6,7 @@ Leaves to others: running collectives (`driver.py`), and what stays from step to
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,7 +57,8 @@ class StepExchange:
         # Of each bucket: what still has to be done before it is ready.
         self._stages_left = [set(bucket.stages) for bucket in buckets]
         self._names_left = [set(bucket.names) for bucket in buckets]
-        # The stage whose last backward runs now: autograd then says when each parameter has its whole gradient.
+        # The stage whose last backward, or second part of one, runs now: each parameter that is added to then has its
+        # whole gradient.
         self._last: int | None = None
         # Buckets start in this order at every replica, so that those which are open are the same ones.
         self._next = 0
@@ -70,8 +71,17 @@ class StepExchange:
 
     def before(self, action: Action) -> None:
         """An action begins that may add to gradients."""
-        if action.kind == BACKWARD and self._left[action.stage] == 1:
+        if action.kind in (BACKWARD, WEIGHT_GRADIENT) and self._left[action.stage] == 1:
             self._last = action.stage
+
+    def only(self, names: Collection[str]) -> None:
+        """The action that has begun adds to the gradients of these parameters only."""
+        if self._last is None:
+            return
+        for stages, left in zip(self._stages_left, self._names_left, strict=True):
+            if stages == {self._last}:
+                left.intersection_update(names)
+        self._go_on()
 
     def after(self, action: Action) -> None:
         """An action has ended."""
@@ -84,7 +94,7 @@ class StepExchange:
         self._go_on()
 
     def accumulated(self, number: int, name: str) -> None:
-        """Autograd has added to a gradient. In the last backward of the only stage left, it is whole now."""
+        """A gradient was added to. In the last backward of the only stage left, it is whole now."""
         if self._last is None or self._stages_left[number] != {self._last}:
             return
         self._names_left[number].discard(name)
