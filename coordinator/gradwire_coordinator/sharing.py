@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gradwire_protocol.errors import PlanError
+from gradwire_protocol.exchange_state import ALONE, ExchangeState
 from gradwire_protocol.exchanges import Exchange, parse_exchange
 from gradwire_protocol.gradient_codecs import AUTO, GradientCodec, parse_compression
 from gradwire_protocol.optimizer_state import NEED_WHOLE_PARAMETERS
@@ -35,7 +36,8 @@ class Sharing:
     # Whether the codec is still to be chosen (`exchange_costs.choose_codec`); and why it was, if it was left open.
     codec_is_open: bool
     codec_reason: str
-    # Replicas among which the optimizer's state is spread.
+    replicas: int
+    # Among which the optimizer's state is spread.
     sharers: int
 
     @classmethod
@@ -85,6 +87,7 @@ class Sharing:
             reason=reason,
             codec_is_open=is_open and chosen is None,
             codec_reason=chosen.reason if is_open and chosen is not None else "",
+            replicas=plan.replicas,
             sharers=plan.replicas if shards else 1,
         )
 
@@ -92,6 +95,11 @@ class Sharing:
     def parameter_servers(self) -> int:
         """How many servers the run takes besides those of its stages."""
         return self.exchange.servers if self.exchange.has_servers else 0
+
+    @property
+    def state(self) -> ExchangeState:
+        """What each server keeps to agree with other replicas."""
+        return ExchangeState(self.codec, self.exchange.is_local) if self.replicas > 1 else ALONE
 
     def local_steps(self) -> stage_pb2.LocalSteps | None:
         """Return what servers must know of local steps; None where replicas agree in every step."""

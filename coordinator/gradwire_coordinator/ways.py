@@ -120,7 +120,9 @@ def _cut(
     plan: run_pb2.Plan, optimizer: run_pb2.Optimizer, indexed: IndexedModel, placement: Placement, servers: Servers
 ) -> CutModel:
     sharing = Sharing.of(plan, optimizer.name)
-    optimizer_costs = OptimizerCosts(optimizer, sharing.sharers, elsewhere=sharing.exchange.has_servers)
+    optimizer_costs = OptimizerCosts(
+        optimizer, sharing.sharers, elsewhere=sharing.exchange.has_servers, exchange=sharing.state
+    )
     rows = servers.costs[0].rows
     if plan.cuts:
         usable = indexed.train.usable_cuts(indexed.mutated)
@@ -157,7 +159,7 @@ def _cut(
             busy[server] += (seconds.forward + seconds.backward) * min(plan.micro_batches, plan.expected_rows)
         chosen = choose_codec(servers.rings, sharing, tensors, servers.rates, max(busy))
         sharing = Sharing.of(plan, optimizer.name, chosen)
-        optimizer_costs = OptimizerCosts(optimizer, sharing.sharers)
+        optimizer_costs = OptimizerCosts(optimizer, sharing.sharers, exchange=sharing.state)
     state = [optimizer_costs.held(own) for own in tensors]
     rebuilt = rebuilt_bytes(of_nodes, cuts, recomputes, placement)
     update = [optimizer_costs.update_seconds(own, rates) for own, rates in zip(tensors, servers.rates, strict=True)]

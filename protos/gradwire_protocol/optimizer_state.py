@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from gradwire_protocol.exchange_state import ALONE, ExchangeState
 from gradwire_protocol.frames import ELEMENT_BYTES
 from gradwire_protocol.v1 import graph_pb2, run_pb2
 
@@ -42,6 +43,7 @@ class StateBytes:
     """What a server holds for its tensors, in bytes."""
 
     weights: int
+    # And what replicas keep beside them to agree on them.
     gradients: int
     optimizer: int
 
@@ -63,14 +65,16 @@ class OptimizerState:
             factor = STATE_FACTORS.get(optimizer.name, _MOST_STATE) + more
             self.factors.update(dict.fromkeys(group.parameters, factor))
 
-    def held(self, tensors: Iterable[graph_pb2.TensorSpec], sharers: int = 1) -> StateBytes:
+    def held(
+        self, tensors: Iterable[graph_pb2.TensorSpec], sharers: int = 1, exchange: ExchangeState = ALONE
+    ) -> StateBytes:
         """Return what holding these tensors takes, where so many replicas share the optimizer's state."""
         weights = gradients = state = 0
         for spec in tensors:
             size = tensor_bytes(spec)
             weights += size
             if spec.requires_grad:
-                gradients += size
+                gradients += size + exchange.bytes_for(spec)
                 state += -(-size * self.factors.get(spec.name, 0) // sharers)
         return StateBytes(weights, gradients, state)
 

@@ -13,6 +13,7 @@ from gradwire_protocol.channels import parse_address
 from gradwire_protocol.checkpoint.requests import check_save, check_stored
 from gradwire_protocol.codecs import NAME_OF_CODEC
 from gradwire_protocol.errors import FrameError, LimitExceeded, StaleGeneration
+from gradwire_protocol.exchange_state import ALONE, ExchangeState
 from gradwire_protocol.frames import (
     ELEMENT_BYTES,
     MAXIMUM_DIMENSIONS,
@@ -262,11 +263,15 @@ def check_bounds(request: stage_pb2.PrepareRequest, mailbox_bytes: int) -> None:
 
 def check_memory(request: stage_pb2.PrepareRequest, memory_bytes: int) -> int:
     """Refuse a run whose state alone is above the device's memory; return the bytes of its tensors."""
-    sharers = len({peer.replica for peer in request.peers}) if request.shard_optimizer else 1
+    replicas = len({peer.replica for peer in request.peers if not peer.parameter_server})
+    sharers = replicas if request.shard_optimizer else 1
     state = OptimizerState(request.optimizer)
+    exchange = ALONE
+    if replicas > 1:
+        exchange = ExchangeState(parse_compression(request.compression or "none"), request.HasField("local_steps"))
     specs = (item.spec for item in request.tensors if item.parameter_server in ("", request.server))
     elsewhere = (item.spec for item in request.tensors if item.parameter_server not in ("", request.server))
-    held, pushed = state.held(specs, sharers), state.held(elsewhere)
+    held, pushed = state.held(specs, sharers, exchange), state.held(elsewhere, exchange=exchange)
     needed = held.total + pushed.weights + pushed.gradients
     if needed > memory_bytes:
         raise LimitExceeded(

@@ -313,6 +313,21 @@ def test_compression_shortens_the_exchange() -> None:
     assert saved == pytest.approx(sizes)
 
 
+def test_what_a_codec_keeps_counts_as_memory() -> None:
+    def gradients(**changes: Any) -> list[int]:
+        _, summary = replicated(2, known(4), zero="off", **changes)
+        return [server.gradient_bytes for server in summary.prediction.servers]
+
+    plain = gradients()
+    assert gradients(compression="topk(density=0.01, momentum=0.9)") == [3 * size for size in plain]
+    assert gradients(exchange="local") == [3 * size for size in plain]
+    # Nobody is there to agree with.
+    _, alone = planned(2, compression="int8")
+    assert [server.gradient_bytes for server in alone.prediction.servers] == [
+        stage.parameters * 4 for stage in alone.stages
+    ]
+
+
 def test_unlike_servers_make_like_replicas_and_a_faster_one_takes_more() -> None:
     fast = known(4).costs[0]
     slow = dataclasses.replace(fast, **dict.fromkeys(_SECONDS, fast.forward * 3))

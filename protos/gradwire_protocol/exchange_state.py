@@ -1,0 +1,42 @@
+"""What a server keeps from step to step to agree with other replicas, in bytes. Pure.
+
+Planning counts with it, and stage servers check with it, as with the optimizer's state (optimizer_state.py).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from gradwire_protocol.frames import ELEMENT_BYTES
+from gradwire_protocol.gradient_codecs import GradientCodec
+from gradwire_protocol.v1 import graph_pb2
+
+# Sums and what is still owed are in float32 at least.
+_LEAST_ELEMENT_BYTES = 4
+# Of local steps: the weights that all agreed on last, and the outer optimizer's velocities.
+_OF_LOCAL_STEPS = 2
+
+
+@dataclass(frozen=True)
+class ExchangeState:
+    """Of one way to agree."""
+
+    codec: GradientCodec
+    local_steps: bool = False
+
+    def bytes_for(self, spec: graph_pb2.TensorSpec) -> int:
+        """Return what is kept for a parameter that trains; of powersgd at most, since small tensors go as they are."""
+        elements, element_bytes = math.prod(spec.shape), ELEMENT_BYTES[spec.data_type]
+        kept = elements * max(element_bytes, _LEAST_ELEMENT_BYTES) * self._owed()
+        return kept + (_OF_LOCAL_STEPS * elements * element_bytes if self.local_steps else 0)
+
+    def _owed(self) -> int:
+        """Return how many tensors of a gradient's size the codec keeps."""
+        if not self.codec.lossy:
+            return 0
+        return 2 if self.codec.momentum else 1
+
+
+# Of a server without other replicas.
+ALONE = ExchangeState(GradientCodec("none"))
