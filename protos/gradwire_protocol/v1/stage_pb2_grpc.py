@@ -133,8 +133,9 @@ class StageServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def OfferStream(self, request, context):
-        """Offers a socket that takes the place of a Deliver stream to this server, with the same frames. The server takes it
-        where it shares the sender's kernel, files and user; otherwise it says why, and the sender calls Deliver.
+        """Offers a socket that takes the place of a Deliver stream to this server, with the same messages (local_stream.py
+        says how they are framed). The server takes it where it shares the sender's kernel, files and user; otherwise it
+        says why, and the sender calls Deliver.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
