@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROTOS := $(wildcard protos/gradwire_protocol/v1/*.proto)
 
-.PHONY: train test test-benchmarks lint protos bench examples fuzz soak clean help
+.PHONY: train test test-benchmarks test-examples lint protos bench examples fuzz soak clean help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train   train the reference job on a local cluster"
 	@echo "make test    run the whole test suite"
 	@echo "make test-benchmarks  run each benchmark in a short form"
+	@echo "make test-examples  run each example in a short form, and verify it"
 	@echo "make lint    ruff, mypy, buf, generated stubs"
 	@echo "make examples  run every example in full, beside its single-process script"
 	@echo "make bench   run the benchmarks and check their claims"
@@ -37,6 +38,10 @@ test: $(STAMP)
 # Each benchmark once, as short as it goes: does it run, and say what it measures?
 test-benchmarks: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m benchmark
+
+# Each example a few steps long, as its user starts it, and one step of it beside one process.
+test-examples: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m example
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

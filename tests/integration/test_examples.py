@@ -1,7 +1,8 @@
 """The examples run as printed, differ from their single-process scripts in a few lines, and pass verification.
 
 One pair runs as its user starts it, with processes of its own. The others differ from it in model and data: they run
-here, where torch and transformers are imported already, on one cluster. `make examples` runs all of them in full.
+here, where torch and transformers are imported already, on one cluster. `make test-examples` runs these tests, which take
+as long as many others together, and `make examples` all of the scripts in full.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ def check_output(script: str, output: str) -> None:
     assert not list(Path.cwd().iterdir())
 
 
+@pytest.mark.example
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("script", [ALONE + kind for kind in KINDS])
 def test_runs_as_printed_in_processes_of_its_own(script: str) -> None:
@@ -78,6 +80,7 @@ def test_runs_as_printed_in_processes_of_its_own(script: str) -> None:
     check_output(script, done.stdout)
 
 
+@pytest.mark.example
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("script", [name + kind for name in NAMES for kind in KINDS if name != ALONE])
 def test_runs_as_printed(
@@ -97,6 +100,7 @@ def test_runs_as_printed(
     check_output(script, capsys.readouterr().out)
 
 
+@pytest.mark.example
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("name", NAMES)
 def test_passes_verification(four_processes: gradwire.Cluster, name: str) -> None:
