@@ -1,8 +1,8 @@
 """The examples run as printed, differ from their single-process scripts in a few lines, and pass verification.
 
 One pair runs as its user starts it, with processes of its own. The others differ from it in model and data: they run
-here, where torch and transformers are imported already, on one cluster. `make test-examples` runs these tests, which take
-as long as many others together, and `make examples` all of the scripts in full.
+here, where torch and transformers are imported already, on one cluster. They take as long as many other tests together:
+`make test-examples` runs them, and `make examples` all of the scripts in full.
 """
 
 from __future__ import annotations
