@@ -12,7 +12,6 @@ import queue
 import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,40 +21,13 @@ import grpc
 from gradwire_protocol.errors import Aborted, GradwireError, InternalError, Unreachable, from_rpc_error
 from gradwire_protocol.frames import encode_first_frame, encode_frames
 from gradwire_protocol.local_stream import SendingEnd
+from gradwire_protocol.unreceipted import Delivered, Open, Unreceipted
 from gradwire_protocol.v1 import tensors_pb2 as pb
 
 DELIVER = "/gradwire_protocol.v1.StageService/Deliver"
 
-# By how much longer than the fastest of its size a message may take before it counts as held up.
-_LONGER = 1.5
-# Batches whose sizes differ make some for each size.
-_MAXIMUM_SIZES = 1024
-
 # The bytes of a message, or a function that waits for them (a copy from a device), called on the sender's thread.
 Payload = memoryview | Callable[[], memoryview] | None
-
-
-@dataclass(frozen=True, slots=True)
-class Delivered:
-    """A message that the peer has receipted."""
-
-    direction: pb.Direction
-    codec: int
-    size_bytes: int  # of the payload
-    shared: bool  # the payload went through shared memory
-    seconds: float  # from `send` to its arrival, or to the receipt where the peer has another clock
-
-
-@dataclass(slots=True)
-class _Open:
-    """A message that was sent or queued, and is not receipted yet."""
-
-    sequence: int
-    direction: pb.Direction
-    codec: int
-    size_bytes: int
-    since: float  # time.monotonic() of `send`
-    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +36,7 @@ class _Queued:
 
     header: pb.TensorHeader
     payload: Payload
-    open: _Open
+    open: Open
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +84,6 @@ class FrameSender:
         on_failure: Callable[[GradwireError], None] | None = None,
     ) -> None:
         self._peer = peer
-        self._maximum_queued_bytes = maximum_queued_bytes
         self._checksums = checksums
         self._place = place
         self._at_once_bytes = at_once_bytes
@@ -125,11 +96,7 @@ class FrameSender:
         self._changed = threading.Condition()
         self._queue: queue.SimpleQueue[_Queued | _Rest | None] = queue.SimpleQueue()
         self._unwritten = 0  # items of the queue, until they are written
-        self._open: deque[_Open] = deque()
-        self._open_bytes = 0
-        # The shortest time from `send` to the receipt, over a network, of messages with as many bytes of payload.
-        self._shortest: dict[int, float] = {}
-        self._sequence = 0
+        self._open = Unreceipted(maximum_queued_bytes)
         self._closing = False
         self._failure: GradwireError | None = None
         self._call = channel.stream_stream(method, request_serializer=None, response_deserializer=pb.Receipt.FromString)
@@ -144,20 +111,13 @@ class FrameSender:
     @property
     def unreceipted(self) -> tuple[int, int]:
         """Messages that the peer has not receipted, and the bytes of their payloads."""
-        return len(self._open), self._open_bytes
+        return len(self._open), self._open.size_bytes
 
     @property
     def is_held_up(self) -> bool:
-        """Whether a message takes longer over the network than one of its size has taken before: others are in its way.
-
-        Any thread. The first of a size tell nothing, nor do those that stay on the host.
-        """
+        """Whether a message takes longer over the network than it needs to: others are in its way. Any thread."""
         with self._changed:
-            if not self._open:
-                return False
-            oldest = self._open[0]
-            shortest = self._shortest.get(oldest.size_bytes)
-            return shortest is not None and time.monotonic() - oldest.since > _LONGER * shortest
+            return self._open.is_held_up
 
     def send(self, header: pb.TensorHeader, payload: Payload = None, kind: Hashable = None) -> None:
         """Queue one message; the header is the caller's again when this returns, with its sequence set.
@@ -168,16 +128,13 @@ class FrameSender:
         info = header.tensor
         size = info.size_bytes
         with self._changed:
-            if not self._has_room(size):
+            if not self._open.has_room(size):
                 self._ask()
                 with self._waiting():
-                    self._changed.wait_for(lambda: self._failure or self._closing or self._has_room(size))
+                    self._changed.wait_for(lambda: self._failure or self._closing or self._open.has_room(size))
             self._check()
-            self._sequence += 1
-            header.sequence = self._sequence
-            message = _Open(self._sequence, header.key.direction, info.codec, size, time.monotonic())
-            self._open.append(message)
-            self._open_bytes += size
+            message = self._open.add(header.key.direction, info.codec, size)
+            header.sequence = message.sequence
             local = self._local
             if local is not None and not self._unwritten and not callable(payload):
                 if size <= self._at_once_bytes:
@@ -201,7 +158,7 @@ class FrameSender:
                 raise Unreachable(
                     f"{self._peer} does not take what is sent to it",
                     expected=f"all messages receipted within {timeout_seconds} s",
-                    got=f"{len(self._open)} messages, {self._open_bytes} bytes still open",
+                    got=f"{len(self._open)} messages, {self._open.size_bytes} bytes still open",
                     remedy="check the network and the peer's log",
                 )
             if self._failure:
@@ -228,12 +185,6 @@ class FrameSender:
 
     def _start(self, role: str, target: Callable[[], None]) -> None:
         threading.Thread(target=target, name=f"{role} of {self._peer}", daemon=True).start()
-
-    def _has_room(self, size: int) -> bool:
-        """Whether a message would be queued without waiting: one always fits."""
-        if self._maximum_queued_bytes is None or not self._open:
-            return True
-        return self._open_bytes + size <= self._maximum_queued_bytes
 
     def _check(self) -> None:
         if self._failure:
@@ -393,25 +344,12 @@ class FrameSender:
             self._fail(Unreachable(what, got=f"{open_messages} messages without receipt"))
 
     def _receipted(self, receipts: Sequence[tuple[int, float]]) -> None:
-        delivered = []
         with self._changed:
-            for sequence, arrived in receipts:
-                while self._open and self._open[0].sequence <= sequence:
-                    done = self._open.popleft()
-                    self._open_bytes -= done.size_bytes
-                    seconds = arrived - done.since
-                    if self._local is None:
-                        self._note_time(done.size_bytes, seconds)
-                    delivered.append(Delivered(done.direction, done.codec, done.size_bytes, done.shared, seconds))
+            delivered = self._open.receipted(receipts, over_network=self._local is None)
             self._changed.notify_all()
         if self._on_delivered:
             for message in delivered:
                 self._on_delivered(message)
-
-    def _note_time(self, size_bytes: int, seconds: float) -> None:
-        known = self._shortest.get(size_bytes)
-        if known is not None or len(self._shortest) < _MAXIMUM_SIZES:
-            self._shortest[size_bytes] = seconds if known is None else min(known, seconds)
 
     def _fail(self, error: GradwireError, *, report: bool = True) -> None:
         with self._changed:

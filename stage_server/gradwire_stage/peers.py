@@ -18,9 +18,10 @@ from typing import Any
 import structlog
 import torch
 
-from gradwire_protocol.delivery import Delivered, FrameSender, Payload
+from gradwire_protocol.delivery import FrameSender, Payload
 from gradwire_protocol.errors import GradwireError
 from gradwire_protocol.torch_tensors import dense
+from gradwire_protocol.unreceipted import Delivered
 from gradwire_protocol.v1 import stage_pb2
 from gradwire_protocol.v1 import tensors_pb2 as pb
 from gradwire_stage.arrivals import EXCHANGE

@@ -18,10 +18,10 @@ import torch
 from gradwire_protocol.activities import stage_names, wait_words
 from gradwire_protocol.checkpoint.root import CheckpointRoot
 from gradwire_protocol.checksums import check_available
-from gradwire_protocol.delivery import Delivered
 from gradwire_protocol.errors import FrameError, GradwireError
 from gradwire_protocol.frames import Message
 from gradwire_protocol.torch_tensors import TORCH_TYPES, dense
+from gradwire_protocol.unreceipted import Delivered
 from gradwire_protocol.v1 import graph_pb2, stage_pb2
 from gradwire_protocol.v1 import tensors_pb2 as pb
 from gradwire_stage import timeline as phases
