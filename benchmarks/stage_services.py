@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
 from gradwire_protocol.channels import open_channel
@@ -32,7 +33,7 @@ class BenchmarkServer:
                 prepared_seconds=1e6,
             ),
             self.metrics,
-            lambda address: open_channel(address, settings.tls, insecure=settings.insecure),
+            partial(open_channel, tls=settings.tls, insecure=settings.insecure),
             shared_memory=_shared_memory() if memory else None,
         )
         self._stage_service.add_to(self._service.server)

@@ -7,7 +7,7 @@ import sys
 
 from gradwire_stage import allocator
 
-if __name__ == "__main__" and sys.argv[1].startswith("gradwire"):
+if __name__ == "__main__" and sys.argv[1].startswith(("gradwire", "grpc-bytes")):
     allocator.configure()  # as a stage server does, before everything else
 
 import argparse

@@ -26,8 +26,9 @@ from stage_services import BenchmarkServer
 
 GRADWIRE, MEMORY = "gradwire", "gradwire-memory"
 GENERATED, GENERATED_WHOLE = "generated", "generated-whole"
+BYTES = "grpc-bytes"
 GLOO, TCP = "gloo", "tcp"
-WAYS = (GRADWIRE, MEMORY, GENERATED, GENERATED_WHOLE, GLOO, TCP)
+WAYS = (GRADWIRE, MEMORY, BYTES, GENERATED, GENERATED_WHOLE, GLOO, TCP)
 CAN_ENCRYPT = (GRADWIRE, GENERATED, TCP)
 
 _RUN, _STAGE_SERVERS = "benchmark", ("sender", "receiver")
@@ -186,6 +187,54 @@ class GeneratedSender:
                     yield pb.TensorFrame(header=pb.TensorHeader(key=key, tensor=tensor_info(tensor)), chunk=chunk)
 
 
+# --- gRPC with nothing around it: bytes that are made beforehand, and that nobody reads or puts together
+
+
+_CARRY = "/gradwire_benchmark.Bytes/Carry"
+
+
+class BytesReceiver:
+    def __init__(self) -> None:
+        self._came: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._server = grpc.server(futures.ThreadPoolExecutor(4), options=SERVER_OPTIONS)
+        handler = grpc.stream_unary_rpc_method_handler(self._carry)
+        self._server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler("gradwire_benchmark.Bytes", {"Carry": handler}),)
+        )
+        self.address = bind(self._server, "127.0.0.1:0")
+        self._server.start()
+
+    def receive(self, size: int) -> torch.Tensor:
+        while size > 0:
+            size -= self._came.get()
+        return torch.empty(0)
+
+    def _carry(self, requests: Iterator[bytes], context: Any) -> bytes:
+        for data in requests:
+            self._came.put(len(data))
+        return b""
+
+
+class BytesSender:
+    def __init__(self, address: str) -> None:
+        self._queue: queue.Queue[int] = queue.Queue(4)
+        self._chunks: dict[int, bytes] = {}
+        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        call = self._channel.stream_unary(_CARRY)
+        threading.Thread(target=lambda: call(self._frames(), wait_for_ready=True), daemon=True).start()
+
+    def send(self, tensor: torch.Tensor) -> None:
+        self._queue.put(tensor.nbytes)
+
+    def _frames(self) -> Iterator[bytes]:
+        while True:
+            left = self._queue.get()
+            while left:
+                size = min(left, CHUNK_BYTES)
+                yield self._chunks.setdefault(size, bytes(size))
+                left -= size
+
+
 # --- torch.distributed, and a bare socket: into one buffer that is kept, the best that they can do
 
 
@@ -271,6 +320,8 @@ def open_receiver(way: str, tls: TlsFiles | None) -> Receiver:
             return GradwireReceiver(tls)
         case "gradwire-memory":
             return GradwireReceiver(tls, memory=True)
+        case "grpc-bytes":
+            return BytesReceiver()
         case "generated" | "generated-whole":
             return GeneratedReceiver(tls)
         case "gloo":
@@ -284,6 +335,8 @@ def open_sender(way: str, address: str, tls: TlsFiles | None) -> Sender:
             return GradwireSender(address, tls)
         case "gradwire-memory":
             return GradwireSender(address, tls, memory=True)
+        case "grpc-bytes":
+            return BytesSender(address)
         case "generated" | "generated-whole":
             return GeneratedSender(address, tls, whole=way == "generated-whole")
         case "gloo":

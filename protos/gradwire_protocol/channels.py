@@ -9,7 +9,7 @@ import ipaddress
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 
@@ -102,6 +102,12 @@ def check_plaintext(address: str, tls: TlsFiles | None, *, insecure: bool = Fals
             got="no TLS files",
             remedy="give --tls-authority, --tls-certificate and --tls-key (or --insecure on a network that you trust)",
         )
+
+
+class OpenChannel(Protocol):
+    """Opens a channel to HOST:PORT, with the credentials that it knows."""
+
+    def __call__(self, address: str, *, bulk: bool = False) -> Any: ...
 
 
 def open_channel(address: str, tls: TlsFiles | None = None, *, insecure: bool = False, bulk: bool = False) -> Any:

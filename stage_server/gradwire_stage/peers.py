@@ -18,6 +18,7 @@ from typing import Any
 import structlog
 import torch
 
+from gradwire_protocol.channels import OpenChannel
 from gradwire_protocol.delivery import FrameSender, Payload
 from gradwire_protocol.errors import GradwireError
 from gradwire_protocol.torch_tensors import dense
@@ -72,7 +73,7 @@ class Peers:
         generation: int,
         own: str,
         addresses: Mapping[str, str],
-        open_channel: Callable[..., Any],
+        open_channel: OpenChannel,
         mailbox: Mailbox[Incoming],
         device: Device,
         shared_memory: SharedMemory,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from gradwire_protocol.activities import stage_names, wait_words
+from gradwire_protocol.channels import OpenChannel
 from gradwire_protocol.checkpoint.root import CheckpointRoot
 from gradwire_protocol.checksums import check_available
 from gradwire_protocol.errors import FrameError, GradwireError
@@ -82,7 +83,7 @@ class RunState:
         outbox_bytes: int,
         credit_bytes: int = CREDIT_BYTES,
         send_bytes: int = SEND_BYTES,
-        open_channel: Callable[..., Any],
+        open_channel: OpenChannel,
         metrics: StageMetrics,
         fail: Callable[[GradwireError], None],
         weights_root: Path | None = None,

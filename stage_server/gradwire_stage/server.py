@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import secrets
+from functools import partial
 from importlib.metadata import version
-from typing import Any
 
 import structlog
 
@@ -38,10 +38,7 @@ def run_server(settings: StageSettings) -> None:
     service.install_signal_handlers()
     server = settings.server or f"{host_name()}-{secrets.token_hex(4)}"
     info = device.describe()
-
-    def dial(address: str, *, bulk: bool = False) -> Any:
-        return open_channel(address, settings.tls, insecure=settings.insecure, bulk=bulk)
-
+    dial = partial(open_channel, tls=settings.tls, insecure=settings.insecure)
     metrics = StageMetrics(service.registry, version=distribution)
     shared_memory = SharedMemory(
         _shared_memory_settings(settings), lambda reason: metrics.shared_fallbacks.labels(reason).inc()

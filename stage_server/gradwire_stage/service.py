@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import structlog
 
+from gradwire_protocol.channels import OpenChannel
 from gradwire_protocol.errors import (
     Aborted,
     GradwireError,
@@ -96,7 +97,7 @@ class StageService(stage_pb2_grpc.StageServiceServicer):
         device: Device,
         limits: Limits,
         metrics: StageMetrics,
-        open_channel: Callable[..., Any],
+        open_channel: OpenChannel,
         *,
         weights_root: Path | None = None,
         checkpoint_root: Path | None = None,
