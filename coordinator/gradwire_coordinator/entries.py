@@ -17,6 +17,7 @@ from gradwire_protocol.errors import (
     OptimizerError,
     StaleGeneration,
 )
+from gradwire_protocol.exchange_state import MAXIMUM_OWED
 from gradwire_protocol.frames import MAXIMUM_STATE_BYTES, MAXIMUM_VALUE_BYTES
 from gradwire_protocol.relative_paths import check_relative
 from gradwire_protocol.v1 import run_pb2
@@ -119,11 +120,12 @@ class EntryRules:
             if load.weights_directory:
                 raise FrameError("LoadState names weights and a checkpoint", expected="one of both")
         names = [(item.parameter, item.state) for item in load.optimizer_state]
-        most = _MAXIMUM_STATES * len(self._trained)
+        of_each = _MAXIMUM_STATES + MAXIMUM_OWED * self._replicas
+        most = of_each * len(self._trained)
         if len(names) > most:
             raise LimitExceeded(
                 "A checkpoint has too many values of the optimizer's state",
-                expected=f"at most {most}: {_MAXIMUM_STATES} for each of {len(self._trained)} parameters",
+                expected=f"at most {most}: {of_each} for each of {len(self._trained)} parameters",
                 got=str(len(names)),
             )
         if len(set(names)) < len(names):

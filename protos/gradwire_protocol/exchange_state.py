@@ -1,11 +1,13 @@
 """What a server keeps from step to step to agree with other replicas, in bytes. Pure.
 
-Planning counts with it, and stage servers check with it, as with the optimizer's state (optimizer_state.py).
+Planning counts with it, and stage servers check with it, as with the optimizer's state (optimizer_state.py). In
+checkpoints it lies beside that, under names that say whose it is.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 from gradwire_protocol.frames import ELEMENT_BYTES
@@ -36,6 +38,22 @@ class ExchangeState:
         if not self.codec.lossy:
             return 0
         return 2 if self.codec.momentum else 1
+
+
+# How many values a codec keeps of one parameter, at most.
+MAXIMUM_OWED = 2
+_NAME = re.compile(r"exchange(\d{1,6})\.([a-z]{1,32})")
+
+
+def owed_name(replica: int, what: str) -> str:
+    """Return the name, among a parameter's optimizer state, of what a replica keeps of it."""
+    return f"exchange{replica}.{what}"
+
+
+def parse_owed_name(state: str) -> tuple[int, str] | None:
+    """Return (replica, what) for such a name; None for the name of a value of the optimizer's state."""
+    match = _NAME.fullmatch(state)
+    return None if match is None else (int(match[1]), match[2])
 
 
 # Of a server without other replicas.

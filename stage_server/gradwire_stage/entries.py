@@ -10,6 +10,7 @@ import torch
 
 from gradwire_protocol import program as kinds
 from gradwire_protocol.errors import FrameError, InternalError
+from gradwire_protocol.exchange_state import parse_owed_name
 from gradwire_protocol.program import Action
 from gradwire_protocol.torch_tensors import dense
 from gradwire_protocol.v1 import graph_pb2, run_pb2
@@ -183,10 +184,19 @@ def _load_state(run: RunState, timeline: Timeline[Any], entry: int, load: run_pb
         del received  # the message's memory goes before the next tensor is taken
         run.progress.advance()
     states: dict[str, dict[str, StateValue]] = {}
+    owed: dict[str, dict[str, torch.Tensor]] = {}
     for item in load.optimizer_state:
         if item.parameter in run.parameters:
+            of_exchange = parse_owed_name(item.state)
+            if of_exchange is not None and of_exchange[0] != run.replica and stored is not None:
+                continue
             key = Key(entry, 0, item.parameter, pb.DIRECTION_STATE, 0, item.state)
             value = take_state(run, timeline, key) if stored is None else stored.state(item)
+            if of_exchange is not None:
+                replica, what = of_exchange
+                if replica == run.replica and isinstance(value, torch.Tensor):
+                    owed.setdefault(item.parameter, {})[what] = value
+                continue
             own = run.agreement.own_state(item.parameter, value)
             if own is not None:
                 states.setdefault(item.parameter, {})[item.state] = own
@@ -195,6 +205,7 @@ def _load_state(run: RunState, timeline: Timeline[Any], entry: int, load: run_pb
         _pass_on(run, timeline, entry, stored)
     run.optimizer.restore(states)
     run.agreement.forget()
+    run.agreement.owe(owed)
     run.weight_version = load.weight_version
 
 

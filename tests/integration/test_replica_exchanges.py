@@ -34,8 +34,8 @@ from gradwire_protocol.v1 import tensors_pb2 as pb
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[gradwire.LocalCluster]:
-    with gradwire.local(stage_servers=4) as made:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[gradwire.LocalCluster]:
+    with gradwire.local(stage_servers=4, checkpoint_root=tmp_path_factory.mktemp("checkpoints")) as made:
         yield made
 
 
@@ -99,6 +99,35 @@ def test_another_state_ends_what_was_kept_from_step_to_step(
             ends.append(trainer.state_dict())
         for name, weight in ends[0].items():
             assert torch.equal(weight, ends[1][name]), name
+
+
+@pytest.mark.parametrize("storage", ["client", "server"])
+@pytest.mark.parametrize(
+    ("codec", "stages"),
+    [("int8", 2), ("topk(density=0.1, momentum=0.9)", 1), ("powersgd(rank=1)", 1)],
+)
+def test_a_resumed_run_owes_what_the_other_did(
+    cluster: gradwire.Cluster, tmp_path: Path, codec: str, stages: int, storage: Any
+) -> None:
+    """Every bit: what replicas keep for the exchange is in the checkpoint, of each of them."""
+    path = tmp_path / "a" if storage == "client" else Path(f"{codec[:4]}-{stages}")
+    asked = {"compression": codec, "stages": stages, "cuts": ["2"] if stages > 1 else None}
+    with train(cluster, **asked) as trainer:
+        for seed in range(3):
+            trainer.step(*make_batch(seed))
+        trainer.save(path, storage=storage)
+        losses = [trainer.step(*make_batch(seed)).loss for seed in range(3, 6)]
+        state = trainer.state_dict()
+    with train(cluster, **asked) as trainer:
+        trainer.load(path, storage=storage)
+        assert [trainer.step(*make_batch(seed)).loss for seed in range(3, 6)] == losses
+        for name, weight in trainer.state_dict().items():
+            assert torch.equal(weight, state[name]), name
+    # Others take what is of use to them: another codec, other stages, no other replica.
+    for change in ({"compression": "none"}, {"stages": 2, "cuts": ["3"]}, {"replicas": 1}):
+        with train(cluster, **asked | change) as trainer:
+            trainer.load(path, storage=storage)
+            assert trainer.step(*make_batch(3)).step == 4
 
 
 def make_tied_model() -> nn.Module:

@@ -7,11 +7,13 @@ import torch
 from exchange_driver import Replicas
 from graph_text import tensor
 
-from gradwire_protocol.exchange_state import ALONE, ExchangeState
+from gradwire_protocol.exchange_state import ALONE, ExchangeState, owed_name, parse_owed_name
+from gradwire_protocol.frames import MAXIMUM_STATE_BYTES
 from gradwire_protocol.gradient_codecs import parse_compression
 from gradwire_protocol.optimizer_state import OptimizerState
 from gradwire_protocol.torch_tensors import DATA_TYPES
 from gradwire_protocol.v1 import graph_pb2, run_pb2
+from gradwire_stage.exchange.reducers import restore_tensors, state_of_tensor
 
 ROWS, COLUMNS = 96, 64
 
@@ -46,3 +48,39 @@ def test_it_counts_as_gradients_of_what_trains() -> None:
     specs, size = [spec(torch.float32), frozen], 4 * ROWS * COLUMNS
     assert state.held(specs, exchange=ALONE).gradients == size
     assert state.held(specs, exchange=ExchangeState(parse_compression("int8"))).gradients == 2 * size
+
+
+@pytest.mark.parametrize(("replica", "what"), [(0, "residual"), (511, "velocity")])
+def test_names_say_whose_it_is(replica: int, what: str) -> None:
+    name = owed_name(replica, what)
+    assert parse_owed_name(name) == (replica, what)
+    assert len(name.encode()) <= MAXIMUM_STATE_BYTES
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "exchange", "exchange.x", "exchange-1.x", "exchange1.", "exchange1.x/y"])
+def test_other_names_are_the_optimizers(name: str) -> None:
+    assert parse_owed_name(name) is None
+
+
+@pytest.mark.parametrize("data_type", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("text", ["int8", "topk(density=0.1, momentum=0.9)", "powersgd(rank=2)"])
+def test_what_is_kept_of_each_tensor_is_kept_again(text: str, data_type: torch.dtype) -> None:
+    """Tensor by tensor, and the bucket's next steps have the same bits; one without anything begins anew."""
+    shapes = [(24, 40), (7,), (3, 8, 8)]
+    group, other, without = (Replicas(text, 2, *shapes) for _ in range(3))
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        group.reduce(group.draw(generator, data_type))
+    for member, reducer in group.reducers.items():
+        states = [
+            {name: tensor.clone() for name, tensor in state_of_tensor(reducer, place, group.shapes).items()}
+            for place in range(len(shapes))
+        ]
+        like = torch.zeros(1, dtype=data_type)
+        restore_tensors(other.reducers[member], states, other.shapes, like)
+        restore_tensors(without.reducers[member], [{}, *states[1:]], without.shapes, like)
+    other.step = without.step = group.step
+    gradients = group.draw(generator, data_type)
+    expected = group.reduce(gradients)
+    assert torch.equal(other.reduce(gradients), expected)
+    assert not torch.equal(without.reduce(gradients), expected)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,25 @@ from gradwire.optimizers import OptimizerReader
 from gradwire.state import StateNames
 from gradwire_protocol.checkpoint.manifest import Manifest, SavedGroup, SavedOptimizer
 from gradwire_protocol.errors import CheckpointError, SettingsError
+from gradwire_protocol.exchange_state import parse_owed_name
 from gradwire_protocol.v1 import graph_pb2
 
 
 class RunContents:
     """The contents of one run's checkpoints, by the user's names."""
 
-    def __init__(self, names: StateNames, optimizer: OptimizerReader, model: graph_pb2.Model, seed: int) -> None:
+    def __init__(
+        self,
+        names: StateNames,
+        optimizer: OptimizerReader,
+        model: graph_pb2.Model,
+        seed: int,
+        replicas: Collection[int] = (0,),
+    ) -> None:
         self._names = names
         self._optimizer = optimizer
         self._seed = seed
+        self._replicas = frozenset(replicas)
         self._random = any(node.random for node in model.train.nodes)
 
     def draft(self, step: int, position: Mapping[str, Any] | None) -> Manifest:
@@ -53,7 +62,8 @@ class RunContents:
     def check(self, checkpoint: DescribedCheckpoint) -> list[tuple[str, str]]:
         """CheckpointError unless a checkpoint fits the run.
 
-        Returns (parameter, state) of all of the optimizer's state in it, by the servers' names.
+        Returns (parameter, state) of all of the optimizer's state in it, and of what this run's replicas keep for their
+        exchange, by the servers' names.
         """
         path, manifest = checkpoint.path, checkpoint.manifest
         if self._random and manifest.seed != self._seed:
@@ -113,7 +123,9 @@ class RunContents:
                     f"{checkpoint.path} has optimizer state that no parameter of the run takes",
                     got=f"{parameter}/{state}",
                 )
-            states.append((name, state))
+            owed = parse_owed_name(state)
+            if owed is None or (len(self._replicas) > 1 and owed[0] in self._replicas):
+                states.append((name, state))
         return states
 
 

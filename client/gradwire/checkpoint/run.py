@@ -44,7 +44,8 @@ class RunCheckpoints:
         """tensors: TensorSpec.name to the user's own; constants and the like are kept, being in no checkpoint."""
         self._session = session
         self._names = names
-        self._contents = RunContents(names, optimizer, model, seed)
+        replicas = {server.replica for server in session.servers}
+        self._contents = RunContents(names, optimizer, model, seed, replicas)
         self._saves = Saves()
         held = dict.fromkeys(name for server in session.servers for name in server.tensors)
         self._held = list(held)

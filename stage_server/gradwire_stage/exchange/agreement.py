@@ -7,7 +7,7 @@ what its program ends with: `reduce`, `before_update`, `gather`, `average`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,8 @@ class Agreement:
     end = StepEnd()
     # Parameters of which the optimizer's state is spread over the replicas.
     shared: frozenset[str] = frozenset()
+    # Whether something of each parameter is kept from step to step, by every replica, which `owed` gives.
+    owes = False
     # Where replicas apply changes of buffers in the order of the whole step.
     buffers: ReplicaBuffers | None = None
 
@@ -105,6 +107,13 @@ class Agreement:
     def own_state(self, name: str, value: StateValue) -> StateValue | None:
         """Return what this server's optimizer keeps of a value of its state; None: nothing."""
         return value if name in self.updated else None
+
+    def owed(self, name: str) -> dict[str, torch.Tensor]:
+        """Return what is kept of a parameter from step to step, for checkpoints."""
+        return {}
+
+    def owe(self, states: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Go on from what `owed` gave, by parameter, as far as it is of use here. After `forget`."""
 
     def forget(self) -> None:
         """Let go of what was kept from step to step: another state has been loaded."""

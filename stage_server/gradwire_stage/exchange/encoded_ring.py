@@ -7,6 +7,8 @@ same bits. Every member encodes each part once a step, hence one remainder the s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from gradwire_stage.exchange import collectives
@@ -51,3 +53,7 @@ class EncodedRing:
 
     def state(self) -> dict[str, torch.Tensor]:
         return self._residual.state("residual")
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        if "residual" in state:
+            self._residual.put(state["residual"])

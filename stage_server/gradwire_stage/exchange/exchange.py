@@ -11,7 +11,7 @@ weight (`gradients.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from gradwire_protocol.program import Action
 from gradwire_protocol.v1 import run_pb2, stage_pb2
 from gradwire_stage.exchange.agreement import Agreement, StepEnd
 from gradwire_stage.exchange.buckets import make_buckets
-from gradwire_stage.exchange.reducers import Reducer, make_reducer
+from gradwire_stage.exchange.reducers import Reducer, make_reducer, restore_tensors, state_of_tensor
 from gradwire_stage.exchange.sharding import Sharding
 from gradwire_stage.exchange.statistics import ReplicaBuffers
 from gradwire_stage.exchange.step import StepExchange
@@ -53,6 +53,7 @@ class ReplicaExchange(Agreement):
         super().__init__(run)
         self.end = StepEnd(reduces=True, gathers=shard)
         self._codec = codec
+        self.owes = codec.lossy
         tied = {name for name, holders in run.holders.items() if len(holders) > 1}
         self._buckets = make_buckets(segments, run.parameters, tied=tied)
         # Where each replica updates a part of the parameters only; None: all of them.
@@ -121,6 +122,19 @@ class ReplicaExchange(Agreement):
         if self._sharding is None or name not in self.shared:
             return super().own_state(name, value)
         return self._sharding.own_state(name, self._run.parameters[name], value)
+
+    def owed(self, name: str) -> dict[str, torch.Tensor]:
+        number = self._bucket_of.get(name)
+        if number is None:
+            return {}
+        bucket = self._buckets[number]
+        return state_of_tensor(self._reducers[number], bucket.names.index(name), bucket.shapes)
+
+    def owe(self, states: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        for bucket, reducer in zip(self._buckets, self._reducers, strict=True):
+            own = [states.get(name, {}) for name in bucket.names]
+            if any(own):
+                restore_tensors(reducer, own, bucket.shapes, self._run.parameters[bucket.names[0]].detach())
 
     def forget(self) -> None:
         self._reducers = self._make_reducers()

@@ -28,6 +28,12 @@ class Kept:
             self._buffer = gradient.new_zeros(size, dtype=work_type(gradient.dtype))
         return self._buffer
 
+    def put(self, flat: torch.Tensor, multiple: int = 1) -> None:
+        """Have the buffer hold this, as it was kept before; zeros up to the multiple."""
+        size = -(-flat.numel() // multiple) * multiple
+        self._buffer = flat.new_zeros(size)
+        self._buffer[: flat.numel()] = flat
+
     def state(self, name: str) -> dict[str, torch.Tensor]:
         """Return the buffer under a name, once it is there."""
         return {} if self._buffer is None else {name: self._buffer}

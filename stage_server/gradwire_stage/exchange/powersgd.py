@@ -12,7 +12,7 @@ the same, but replicas that get unequal shares of a batch would drift apart with
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -67,6 +67,12 @@ class PowerSgd:
             f"{name}.{place}": tensor for place, matrix in self._matrices.items() for name, tensor in matrix.state()
         }
 
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        for place, matrix in self._matrices.items():
+            residual, right = (state.get(f"{name}.{place}") for name in ("residual", "right"))
+            if residual is not None:
+                matrix.restore(residual, right)
+
 
 class _Matrix:
     """One matrix of a bucket: what it keeps, and the steps of its compression in their order."""
@@ -104,6 +110,13 @@ class _Matrix:
         right = right.view(-1, self._rank)
         product(self._basis, right, out.view(self._shape))
         self._right = right.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+    def restore(self, residual: torch.Tensor, right: torch.Tensor | None) -> None:
+        """Go on from what `state` gave; a right factor of another rank begins anew."""
+        self._residual = residual.reshape(self._shape).clone()
+        self._start, self._right = self._start.to(self._residual), self._right.to(self._residual)
+        if right is not None and right.shape == self._right.shape:
+            self._right = right.to(self._residual)
 
     def state(self) -> Iterator[tuple[str, torch.Tensor]]:
         if self._residual is not None:

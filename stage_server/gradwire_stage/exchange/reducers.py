@@ -6,7 +6,7 @@ changes goes round as it is (`collectives.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -15,6 +15,7 @@ from gradwire_protocol.gradient_codecs import GRADIENT_CODEC_NAMES, GradientCode
 from gradwire_stage.exchange import collectives
 from gradwire_stage.exchange.collectives import Group, Steps
 from gradwire_stage.exchange.encoded_ring import EncodedRing
+from gradwire_stage.exchange.feedback import work_type
 from gradwire_stage.exchange.half import BF16, FP16
 from gradwire_stage.exchange.int8 import INT8
 from gradwire_stage.exchange.powersgd import PowerSgd
@@ -31,7 +32,13 @@ class Reducer(Protocol):
         """
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return what is kept for later steps, over its own memory."""
+        """Return what is kept for later steps, over its own memory.
+
+        Flat, of the whole bucket (it may be longer), or of one of its tensors: "<name>.<place>".
+        """
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on from what `state` gave, before the first step. Keeps no part of it that does not fit."""
 
 
 class Exact:
@@ -43,6 +50,9 @@ class Exact:
 
     def state(self) -> dict[str, torch.Tensor]:
         return {}
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Nothing is kept."""
 
 
 _REDUCERS: dict[str, Callable[[GradientCodec, Sequence[torch.Size]], Reducer]] = {
@@ -61,3 +71,38 @@ if set(_REDUCERS) != set(GRADIENT_CODEC_NAMES):
 def make_reducer(codec: GradientCodec, shapes: Sequence[torch.Size]) -> Reducer:
     """Return the reducer of a bucket of parameters of these shapes, of one floating type. "none" takes any type."""
     return _REDUCERS[codec.name](codec, shapes)
+
+
+def state_of_tensor(reducer: Reducer, place: int, shapes: Sequence[torch.Size]) -> dict[str, torch.Tensor]:
+    """Return what a reducer keeps of one tensor of its bucket, over its own memory."""
+    found = {}
+    for name, tensor in reducer.state().items():
+        name, _, of_place = name.partition(".")
+        if not of_place:
+            sizes = [shape.numel() for shape in shapes]
+            found[name] = torch.split(tensor[: sum(sizes)], sizes)[place].view(shapes[place])
+        elif int(of_place) == place:
+            found[name] = tensor
+    return found
+
+
+def restore_tensors(
+    reducer: Reducer, states: Sequence[Mapping[str, torch.Tensor]], shapes: Sequence[torch.Size], like: torch.Tensor
+) -> None:
+    """Have a reducer keep again what `state_of_tensor` gave of its tensors; zeros for those without.
+
+    like: tells the device, and the type for zeros.
+    """
+    whole: dict[str, torch.Tensor] = {}
+    for name in dict.fromkeys(name for state in states for name in state):
+        parts = [
+            state[name].reshape(-1)
+            if name in state and state[name].shape == shape
+            else like.new_zeros(shape.numel(), dtype=work_type(like.dtype))
+            for state, shape in zip(states, shapes, strict=True)
+        ]
+        whole[name] = torch.cat(parts).to(like.device, work_type(like.dtype))
+        for place, state in enumerate(states):
+            if name in state:
+                whole[f"{name}.{place}"] = state[name].to(like.device, work_type(like.dtype))
+    reducer.restore(whole)

@@ -1,5 +1,6 @@
-"""The optimizer's state where replicas share it: brought together at one of them, for checkpoints and for the client.
+"""The optimizer's state where replicas share it, and what each keeps for the exchange: brought together at one of them.
 
+That is for checkpoints and for the client.
 Parameter after parameter, and each replica sends when it is asked, so that no more than one parameter's state is on its
 way. Leaves to others: what becomes of it (`snapshot.py`, `entries.py`), and taking it apart again (`sharding.py`).
 """
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gradwire_protocol.errors import FrameError
+from gradwire_protocol.exchange_state import owed_name, parse_owed_name
 from gradwire_protocol.torch_tensors import dense
 from gradwire_stage.exchange.collectives import Group, Receive, Steps
 from gradwire_stage.exchange.driver import Driver
@@ -39,18 +41,26 @@ class SharedState:
         """Return the whole state of a parameter at the replica that leads; what is here at the others."""
         run = self._run
         own = run.optimizer.state_of(name)
-        if name not in run.agreement.shared:
+        is_shared = name in run.agreement.shared
+        if not is_shared and not (run.agreement.owes and name in run.parameters):
             return own
+        owed = {owed_name(run.replica, what): value for what, value in run.agreement.owed(name).items()}
+        # What all have is the leader's to give.
+        given = {**(own if is_shared or run.places.leads else {}), **owed}
         found: list[_Part] = []
         self._count += 1
         self._driver.begin(
             self._count,
             f"state{self._count}",
-            lambda members: _gather(members, own, run.device.torch_device),
+            lambda members: _gather(members, given, run.device.torch_device),
             found.extend,
         )
         self._driver.finish()
-        return _joined(found, run.parameters[name].shape) if run.places.leads else own
+        if not run.places.leads:
+            return own
+        of_optimizer = [{key: value for key, value in part.items() if parse_owed_name(key) is None} for part in found]
+        of_exchange = {key: value for part in found for key, value in part.items() if parse_owed_name(key) is not None}
+        return _joined(of_optimizer, run.parameters[name].shape) | of_exchange
 
     def give(self, names: Iterable[str]) -> None:
         """Send what is here of these parameters' state to the replica that leads."""

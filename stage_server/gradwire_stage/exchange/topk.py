@@ -8,6 +8,7 @@ threshold comes from a sample, because to find the largest elements exactly take
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 
@@ -62,6 +63,11 @@ class TopK:
 
     def state(self) -> dict[str, torch.Tensor]:
         return self._unsent.state("unsent") | self._velocity.state("velocity")
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        for name, kept in (("unsent", self._unsent), ("velocity", self._velocity)):
+            if name in state and (name == "unsent" or self._codec.momentum):
+                kept.put(state[name], _LARGEST_GROUP)
 
     def _add(self, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Add a gradient to what has not been sent; return that, and the velocity if there is momentum."""
