@@ -188,14 +188,15 @@ def _load_state(run: RunState, timeline: Timeline[Any], entry: int, load: run_pb
     for item in load.optimizer_state:
         if item.parameter in run.parameters:
             of_exchange = parse_owed_name(item.state)
-            if of_exchange is not None and of_exchange[0] != run.replica and stored is not None:
+            # It is from the first of a pipeline that holds the parameter, and that one's again.
+            is_own = of_exchange is None or (of_exchange[0] == run.replica and run.owns(item.parameter))
+            if stored is not None and not is_own:
                 continue
             key = Key(entry, 0, item.parameter, pb.DIRECTION_STATE, 0, item.state)
             value = take_state(run, timeline, key) if stored is None else stored.state(item)
             if of_exchange is not None:
-                replica, what = of_exchange
-                if replica == run.replica and isinstance(value, torch.Tensor):
-                    owed.setdefault(item.parameter, {})[what] = value
+                if is_own and isinstance(value, torch.Tensor):
+                    owed.setdefault(item.parameter, {})[of_exchange[1]] = value
                 continue
             own = run.agreement.own_state(item.parameter, value)
             if own is not None:

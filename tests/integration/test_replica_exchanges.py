@@ -25,6 +25,7 @@ from replica_subject import (
     one_process,
     train,
 )
+from safetensors.torch import load_file
 from torch import nn
 
 import gradwire
@@ -147,6 +148,24 @@ def test_what_is_tied_over_stages_counts_once_in_the_norm_under_a_shared_optimiz
         assert trainer.step(*make_batch(0)).gradient_norm == pytest.approx(norm, rel=1e-10)
         trainer.step(*make_batch(1))
         check_weights(trainer.state_dict(), one_process(2, model=make_tied_model()))
+
+
+def test_what_is_tied_over_stages_is_resumed_under_a_codec(cluster: gradwire.Cluster, tmp_path: Path) -> None:
+    """Each holder owes for its own uses of the parameter; a checkpoint has what the first one owes, for that one."""
+    asked = {"cuts": ["4"], "compression": "topk(density=0.2)"}
+    with train(cluster, model=make_tied_model(), **asked) as trainer:
+        for seed in range(3):
+            trainer.step(*make_batch(seed))
+        trainer.save(tmp_path / "a")
+    with train(cluster, model=make_tied_model(), **asked) as trainer:
+        trainer.load(tmp_path / "a")
+        trainer.save(tmp_path / "b")
+        trainer.step(*make_batch(3))
+        check_replicas_are_one(trainer)
+    first, second = (load_file(tmp_path / name / "optimizer.safetensors") for name in "ab")
+    assert first.keys() == second.keys()
+    assert sum(".unsent" in name for name in first) == 2 * len(list(make_tied_model().parameters()))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 def local_reference(steps: int, every: int, rate: float, momentum: float) -> tuple[nn.Module, list[float]]:

@@ -1,8 +1,8 @@
 """The optimizer's state where replicas share it, and what each keeps for the exchange: brought together at one of them.
 
-That is for checkpoints and for the client.
-Parameter after parameter, and each replica sends when it is asked, so that no more than one parameter's state is on its
-way. Leaves to others: what becomes of it (`snapshot.py`, `entries.py`), and taking it apart again (`sharding.py`).
+That is for checkpoints and for the client. It goes parameter after parameter, and each replica sends when it is asked,
+so that no more than one parameter's state is on its way. Leaves to others: what becomes of it (`snapshot.py`,
+`entries.py`), and taking it apart again (`sharding.py`).
 """
 
 from __future__ import annotations
