@@ -120,7 +120,7 @@ class EntryRules:
             if load.weights_directory:
                 raise FrameError("LoadState names weights and a checkpoint", expected="one of both")
         names = [(item.parameter, item.state) for item in load.optimizer_state]
-        of_each = _MAXIMUM_STATES + MAXIMUM_OWED * self._replicas
+        of_each = _MAXIMUM_STATES + (MAXIMUM_OWED * self._replicas if self._replicas > 1 else 0)
         most = of_each * len(self._trained)
         if len(names) > most:
             raise LimitExceeded(
