@@ -274,9 +274,12 @@ def test_cuts_by_module_are_kept_to(cluster: gradwire.LocalCluster) -> None:
 
 
 def test_the_servers_are_free_after_all_of_this(cluster: gradwire.LocalCluster) -> None:
-    status = cluster.status()
-    assert len(status.servers) == 2
-    assert not [server.activity.run for server in status.servers if server.silent_seconds < 0.1 and server.activity.run]
+    # What a heartbeat says of a run can be a second older than its end.
+    deadline = time.monotonic() + 10
+    while any(server.activity.run for server in cluster.status().servers):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert len(cluster.status().servers) == 2
     with make_trainer(cluster, make_model()) as trainer:
         # Two runs cannot share servers.
         with pytest.raises(gradwire.GradwireError, match=r"(?i)free|busy|server"):
