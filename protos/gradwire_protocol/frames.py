@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 from gradwire_protocol.activities import message_words
 from gradwire_protocol.checksums import crc32c
 from gradwire_protocol.chunk_bytes import MAXIMUM_PADDING, decode_chunk, encode_chunk, header_field
-from gradwire_protocol.codecs import check_encoded
+from gradwire_protocol.codecs import FLOATING, check_encoded
 from gradwire_protocol.errors import FrameError, LimitExceeded
 from gradwire_protocol.v1 import tensors_pb2 as pb
 
@@ -46,7 +46,7 @@ ELEMENT_BYTES: dict[int, int] = {
     pb.DATA_TYPE_COMPLEX128: 16,
 }
 
-
+_DIFFERENTIABLE = frozenset({*FLOATING, pb.DATA_TYPE_COMPLEX64, pb.DATA_TYPE_COMPLEX128})
 _DIRECTIONS = frozenset(pb.Direction.values()) - {pb.DIRECTION_UNSPECIFIED}
 
 
@@ -180,6 +180,8 @@ def check_header(header: pb.TensorHeader, maximum_tensor_bytes: int) -> int:
     element = ELEMENT_BYTES.get(info.data_type)
     if element is None:
         raise FrameError("Unknown data type", expected=f"one of {pb.DataType.keys()[1:]}", got=str(info.data_type))
+    if info.requires_grad and info.data_type not in _DIFFERENTIABLE:
+        raise FrameError(f"{key.value!r} cannot have a gradient", got=pb.DataType.Name(info.data_type))
     if len(info.shape) > MAXIMUM_DIMENSIONS:
         raise FrameError("Too many dimensions", expected=f"{MAXIMUM_DIMENSIONS} at most", got=str(len(info.shape)))
     if any(size < 0 for size in info.shape):

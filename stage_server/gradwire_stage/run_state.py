@@ -19,7 +19,7 @@ from gradwire_protocol.activities import stage_names, wait_words
 from gradwire_protocol.channels import OpenChannel
 from gradwire_protocol.checkpoint.root import CheckpointRoot
 from gradwire_protocol.checksums import check_available
-from gradwire_protocol.errors import FrameError, GradwireError
+from gradwire_protocol.errors import GradwireError
 from gradwire_protocol.frames import Message
 from gradwire_protocol.torch_tensors import TORCH_TYPES, dense
 from gradwire_protocol.unreceipted import Delivered
@@ -200,9 +200,6 @@ class RunState:
         """
         key = key_of(header)
         self._arrivals.check(key)
-        data_type = TORCH_TYPES.get(header.tensor.data_type)
-        if header.tensor.requires_grad and data_type and not (data_type.is_floating_point or data_type.is_complex):
-            raise FrameError(f"{header.key.value!r} cannot have a gradient", got=str(data_type))
         return self.mailbox.reserve(key, payload_bytes, inflow, answered=is_answered(header), wait=wait)
 
     def kind_of(self, header: pb.TensorHeader) -> KnownKind:

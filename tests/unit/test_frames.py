@@ -118,6 +118,11 @@ def test_mutated_frames_are_refused_or_read_as_the_generated_class_reads_them(da
         (lambda h: h.tensor.shape.extend([2**40, 2**40]), FrameError, "does not fit its shape"),
         (lambda h: h.tensor.shape.extend([1] * 40), FrameError, "Too many dimensions"),
         (lambda h: setattr(h.tensor, "data_type", 99), FrameError, "Unknown data type"),
+        (
+            lambda h: h.tensor.MergeFrom(pb.TensorInfo(data_type=pb.DATA_TYPE_INT32, requires_grad=True)),
+            FrameError,
+            "cannot have a gradient",
+        ),
         (lambda h: setattr(h.tensor, "codec", 0), FrameError, "Unknown codec"),
         (lambda h: setattr(h.tensor, "size_bytes", 2**40), FrameError, "does not fit its shape"),
         (lambda h: h.tensor.strides.extend([1, 1]), FrameError, "gaps or overlap"),
