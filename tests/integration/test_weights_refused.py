@@ -8,11 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from weights_subject import (
-    make_meta,
-    train,
-    write_weights,
-)
+from weights_subject import make_meta, train, write_weights
 
 import gradwire
 from gradwire_protocol.errors import DataError, ModelError, SettingsError
@@ -20,9 +16,7 @@ from gradwire_protocol.errors import DataError, ModelError, SettingsError
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("weights")
-    write_weights(root)
-    return root
+    return write_weights(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture(scope="module")

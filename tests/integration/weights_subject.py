@@ -86,8 +86,8 @@ def save_sharded(state: dict[str, torch.Tensor], directory: Path, shards: int = 
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def write_weights(root: Path) -> None:
-    """Weights of one model in each form, and what must be refused."""
+def write_weights(root: Path) -> Path:
+    """Write weights of one model in each form, and what must be refused, to a directory; return it."""
     state = state_for_file(make_real())
     for name in ("whole", "damaged", "pickled", "narrow", "lossy", "misshapen", "missing", "other-name"):
         (root / name).mkdir()
@@ -105,6 +105,7 @@ def write_weights(root: Path) -> None:
     save_file({name: item for name, item in state.items() if name != "second.bias"}, root / "missing/a.safetensors")
     (root / "damaged/a.safetensors").write_bytes((root / "whole/model.safetensors").read_bytes()[:-9])
     torch.save(state, root / "pickled/pytorch_model.bin")
+    return root
 
 
 def train(
