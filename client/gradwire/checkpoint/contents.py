@@ -31,8 +31,9 @@ class RunContents:
         optimizer: OptimizerReader,
         model: graph_pb2.Model,
         seed: int,
-        replicas: Collection[int] = (0,),
+        replicas: Collection[int],
     ) -> None:
+        """replicas: ids of those of the run."""
         self._names = names
         self._optimizer = optimizer
         self._seed = seed
