@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROTOS := $(wildcard protos/gradwire_protocol/v1/*.proto)
 
-.PHONY: train test test-benchmarks test-examples lint protos bench examples fuzz soak clean help
+.PHONY: train test test-benchmarks test-examples test-models lint protos bench examples fuzz soak clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make test    run the whole test suite"
 	@echo "make test-benchmarks  run each benchmark in a short form"
 	@echo "make test-examples  run each example in a short form, and verify it"
+	@echo "make test-models    train models of many kinds, on many grids, beside one process"
 	@echo "make lint    ruff, mypy, buf, generated stubs"
 	@echo "make examples  run every example in full, beside its single-process script"
 	@echo "make bench   run the benchmarks and check their claims"
@@ -42,6 +43,10 @@ test-benchmarks: $(STAMP)
 # Each example a few steps long, as its user starts it, and one step of it beside one process.
 test-examples: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m example
+
+# The zoo, and grids with every transport, each beside one process.
+test-models: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m model -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gradwire.graph import unbatched
     from gradwire.local_cluster import LocalCluster, local
     from gradwire.meta import meta_parameters
+    from gradwire.parallel_linear import ColumnParallelLinear, RowParallelLinear
     from gradwire.plan import Plan
     from gradwire.replanning import Replan
     from gradwire.report import Report
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from gradwire.trainer import Trainer
     from gradwire.verification import Verification, verify
     from gradwire.weights import FileWeights, ServerWeights
-    from gradwire_protocol.channels import TlsFiles
     from gradwire_protocol.errors import (
         Aborted,
         BatchError,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         InternalError,
         LimitExceeded,
         ModelError,
+        NotAllowed,
         OptimizerError,
         PlanError,
         RunNotFound,
@@ -46,19 +47,22 @@ if TYPE_CHECKING:
         Stalled,
         Unreachable,
     )
+    from gradwire_protocol.tls_files import TlsFiles
 
 _HOMES = {
     "CheckpointWarning": "gradwire.checkpoint.background",
     "Cluster": "gradwire.cluster",
+    "ColumnParallelLinear": "gradwire.parallel_linear",
     "FileWeights": "gradwire.weights",
     "LocalCluster": "gradwire.local_cluster",
     "Plan": "gradwire.plan",
     "Replan": "gradwire.replanning",
     "Report": "gradwire.report",
+    "RowParallelLinear": "gradwire.parallel_linear",
     "Save": "gradwire.checkpoint.background",
     "ServerWeights": "gradwire.weights",
     "StepResult": "gradwire.results",
-    "TlsFiles": "gradwire_protocol.channels",
+    "TlsFiles": "gradwire_protocol.tls_files",
     "Trainer": "gradwire.trainer",
     "Verification": "gradwire.verification",
     "connect": "gradwire.cluster",
@@ -75,6 +79,7 @@ _HOMES = {
     "InternalError": "gradwire_protocol.errors",
     "LimitExceeded": "gradwire_protocol.errors",
     "ModelError": "gradwire_protocol.errors",
+    "NotAllowed": "gradwire_protocol.errors",
     "OptimizerError": "gradwire_protocol.errors",
     "PlanError": "gradwire_protocol.errors",
     "RunNotFound": "gradwire_protocol.errors",
@@ -92,6 +97,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointWarning",
     "Cluster",
+    "ColumnParallelLinear",
     "DataError",
     "FileWeights",
     "FrameError",
@@ -100,11 +106,13 @@ __all__ = [
     "LimitExceeded",
     "LocalCluster",
     "ModelError",
+    "NotAllowed",
     "OptimizerError",
     "Plan",
     "PlanError",
     "Replan",
     "Report",
+    "RowParallelLinear",
     "RunNotFound",
     "Save",
     "ServerBusy",

@@ -5,6 +5,8 @@ Imports torch for trainers only.
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,8 +17,10 @@ import grpc
 
 from gradwire.calls import coordinator_stub, plan_run
 from gradwire.plan import Plan
-from gradwire_protocol.channels import TlsFiles, open_channel, parse_address
-from gradwire_protocol.errors import from_rpc_error
+from gradwire_protocol.channels import open_channel, parse_address
+from gradwire_protocol.errors import PlanError, from_rpc_error
+from gradwire_protocol.roles import Served
+from gradwire_protocol.tls_files import TlsFiles
 from gradwire_protocol.v1 import coordinator_pb2
 
 if TYPE_CHECKING:
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from gradwire.graph.dynamic import Dynamic
+    from gradwire.grid_search import GridSearch
     from gradwire.run_plan import RunPlan
     from gradwire.trainer import Trainer
     from gradwire.weights import Weights
@@ -70,11 +75,14 @@ class Cluster:
     def channel(self) -> Any:
         """The grpc.Channel to the coordinator."""
         if self._channel is None:
-            self._channel = self.open_channel(self._address)
+            exposure = self._tls.key_exposure() if self._tls is not None else ""
+            if exposure:
+                warnings.warn(exposure, stacklevel=2)
+            self._channel = open_channel(self._address, self._tls, serves=Served.COORDINATOR, insecure=self._insecure)
         return self._channel
 
     def open_channel(self, address: str) -> Any:
-        """Return a channel to another service of the cluster, with this cluster's credentials."""
+        """Return a channel to a server of the cluster, with this cluster's credentials."""
         return open_channel(address, self._tls, insecure=self._insecure)
 
     def status(self) -> coordinator_pb2.GetStatusReply:
@@ -167,7 +175,6 @@ class Cluster:
         many free servers as the plan needs are taken for as long as they measure what is not known of them. Errors as
         of `trainer`.
         """
-        from gradwire.run_plan import RunPlan
         from gradwire.run_request import make_request  # imports torch
 
         request = make_request(
@@ -183,7 +190,51 @@ class Cluster:
             dynamic=dynamic,
             micro_batch_rows=micro_batch_rows,
         )
-        reply = plan_run(self.channel, self.target, request.message)
+        return self._planned(request.message)
+
+    def search_grids(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        loss: Callable[..., Any] | nn.Module | None,
+        example: tuple[Any, ...] | Mapping[str, Any],
+        servers: int,
+        plan: Plan | None = None,
+        precision: str | None = None,
+        dynamic: Dynamic | None = None,
+        micro_batch_rows: int | None = None,
+    ) -> GridSearch:
+        """Return which grid of stages × replicas × tensor for so many servers is expected to be the fastest, and why.
+
+        Every grid that leaves less than half of the servers idle is planned as `plan` does it, out of one export. plan:
+        what they have in common. Errors as of `plan`; PlanError if no grid can be carried out.
+        """
+        from gradwire.grid_search import search_grids
+        from gradwire.run_request import make_request  # imports torch
+
+        if isinstance(servers, bool) or not isinstance(servers, int) or servers < 1:
+            raise PlanError("servers is not valid", expected="a whole number, 1 or more", got=repr(servers))
+        asked = dataclasses.replace(plan or Plan(), stages=1, replicas=1, tensor=1)
+        request = make_request(
+            model,
+            optimizer,
+            loss=loss,
+            example=example,
+            plan=asked,
+            seed=0,
+            max_grad_norm=None,
+            precision=precision,
+            description="",
+            dynamic=dynamic,
+            micro_batch_rows=micro_batch_rows,
+        )
+        return search_grids(asked, servers, lambda wanted: self._planned(request.with_plan(wanted)))
+
+    def _planned(self, request: coordinator_pb2.CreateRunRequest) -> RunPlan:
+        from gradwire.run_plan import RunPlan
+
+        reply = plan_run(self.channel, self.target, request)
         return RunPlan.from_proto(reply.plan, reply.timeline)
 
     @contextmanager

@@ -173,12 +173,16 @@ def verdict(drive: Drive, error: GradwireError) -> GradwireError:
 
 
 def peer_name(server: coordinator_pb2.ServerLayout, layout: coordinator_pb2.CreateRunReply) -> str:
-    """Return how errors name a server of a run: "stage 1 on b at 10.0.0.2:7071"; of several replicas also its own."""
+    """Return how errors name a server of a run: "stage 1 on b at 10.0.0.2:7071".
+
+    Where there are several replicas, or several servers a stage, it has its own of these, too.
+    """
     if server.parameter_server:
         number = server.stages[0] - min(other.stages[0] for other in layout.servers if other.parameter_server)
         return f"parameter server {number} on {server.server} at {server.address}"
-    several = any(other.replica for other in layout.servers)
-    return f"{stage_names(server.stages, server.replica if several else None)} on {server.server} at {server.address}"
+    replica = server.replica if any(other.replica for other in layout.servers) else None
+    shard = server.shard if any(other.shard for other in layout.servers) else None
+    return f"{stage_names(server.stages, replica, shard)} on {server.server} at {server.address}"
 
 
 def _content(message: Message) -> Value | None:

@@ -278,9 +278,9 @@ def local(
 ) -> LocalCluster:
     """Return a cluster on this machine, to be used in a `with` statement.
 
-    stage_servers: how many; a run takes Plan.stages · replicas of them. parameter_servers: as many as a run is to have
-    (Plan.parameter_servers). threads: compute threads of each. listen:
-    HOST:PORT of the coordinator; port 0 is any free one. log_dir: where the processes' output goes; None: a temporary
+    stage_servers: how many; a run takes Plan.stages · replicas · tensor of them. parameter_servers: as many as a run is
+    to have (Plan.parameter_servers). threads: compute threads of each. listen: HOST:PORT of the coordinator; port 0 is
+    any free one. log_dir: where the processes' output goes; None: a temporary
     directory, kept only if the block ends with an error. weights_root: the directory below which the servers may read
     weights. checkpoint_root: the directory below which they write and read checkpoints (`save(…, storage="server")`).
     operators: modules, by name or path, that the servers import for the custom operators that they define.

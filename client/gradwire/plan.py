@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gradwire.tensor_plans import AUTO as AUTO_SPLITS
+from gradwire.tensor_plans import checked_tensor_plan
 from gradwire_protocol.checksums import check_available
 from gradwire_protocol.codecs import AUTO, CODEC_NAMES
 from gradwire_protocol.errors import PlanError
 from gradwire_protocol.exchanges import LOCAL, PARAMETER_SERVER, parse_exchange
 from gradwire_protocol.gradient_codecs import AUTO as AUTO_GRADIENTS
 from gradwire_protocol.gradient_codecs import parse_compression
+from gradwire_protocol.transports import AUTO as ANY_TRANSPORT
+from gradwire_protocol.transports import DEVICE_OF_TORCHS, GRPC, TRANSPORTS
 from gradwire_protocol.v1 import run_pb2, tensors_pb2
 
 MAXIMUM_WINDOW = 16
@@ -29,7 +33,6 @@ _VIRTUAL_STAGES = {
     "zb-h1": (1, 1),
     "zb-v": (2, 2),
 }
-_TRANSPORTS = ("auto", "grpc")
 _ZERO = ("auto", "on", "off")
 
 
@@ -39,7 +42,12 @@ class Plan:
 
     stages: stage servers of the pipeline, one stage on each, or several with virtual_stages.
     replicas: copies of the pipeline that see other data.
-    tensor: servers that share one stage's operators.
+    tensor: servers of each stage: they share its weights and its work, and exchange values in the middle of it. A run
+        takes stages · replicas · tensor servers.
+    tensor_plan: how they split parameters: "auto": the coordinator looks for pairs of products that need one exchange;
+        the name of a ready plan: "gpt", "gpt2", "llama" (gradwire/tensor_plans.py); or a mapping of patterns of
+        parameters' names (fnmatch) to "column", "row", "vocab" or "whole", of which the first that matches counts.
+        `ColumnParallelLinear` and `RowParallelLinear` in the model come before it.
     microbatches: parts that a batch is cut into, along dimension 0, over all replicas; fewer where the batch has fewer
         rows. Replicas take them in proportion to their speed.
     schedule: "gpipe", "1f1b", "interleaved-1f1b", "zb-h1", "zb-v" (docs/schedules.md), or "auto": what a simulation
@@ -63,7 +71,11 @@ class Plan:
     virtual_stages: stages on each server. Left at 1 under "interleaved-1f1b" and "zb-v", which need more, it becomes 2.
         Under "auto" one stage on each is tried too, unless cuts or codecs are given for each stage.
     window: steps that may be open at once, 1 to 16.
-    transport: what moves tensors between servers.
+    transport: what moves sums, those of tensor-parallel servers and those of replicas: "grpc", "gloo", "nccl" (each
+        server has a GPU of its own), or "auto": what the coordinator takes for these servers. What goes from one server
+        to another (values between stages, what a codec makes of gradients, parameter servers, state) are messages
+        under each of them: named, so that nobody need have been told to receive them and none blocks another, within
+        bounds, encoded, guarded by checksums and TLS. gloo and NCCL have none of these, and open ports of their own.
     cuts: where the stages end: stages · virtual_stages − 1 positions in the training graph's node list, or module
         paths ("layers.4": that module's first node begins a new stage), in order. None: balanced by estimated cost.
     stall_seconds: the run fails with Stalled when what a step waits for has made no progress for this long: a server in
@@ -75,6 +87,8 @@ class Plan:
     stages: int = 1
     replicas: int = 1
     tensor: int = 1
+    # A mapping has no hash.
+    tensor_plan: str | Mapping[str, str] = dataclasses.field(default=AUTO_SPLITS, hash=False)
     microbatches: int = 8
     schedule: str = "auto"
     exchange: str = "ring"
@@ -97,7 +111,7 @@ class Plan:
         for name in ("stages", "replicas", "tensor", "microbatches", "virtual_stages"):
             _check_count(name, getattr(self, name))
         _check_count("window", self.window, MAXIMUM_WINDOW)
-        _check_supported("tensor", self.tensor, (1,))
+        object.__setattr__(self, "tensor_plan", checked_tensor_plan(self.tensor_plan))
         _check_replicas(self.replicas, self.microbatches)
         for name in ("recompute", "checksums"):
             if not isinstance(getattr(self, name), bool):
@@ -106,13 +120,15 @@ class Plan:
         object.__setattr__(self, "virtual_stages", _checked_virtual_stages(self.virtual_stages, self.schedule))
         stages = self.stages * self.virtual_stages
         object.__setattr__(self, "exchange", _checked_exchange(self))
+        _check_tensor(self.tensor, self.exchange)
         # A replica can be ahead of another by no more steps than are open.
         object.__setattr__(self, "window", max(self.window, 1 + parse_exchange(self.exchange).staleness))
         object.__setattr__(self, "compression", _checked_compression(self.compression))
         codecs = _checked_codecs(self.activation_compression, stages)
         object.__setattr__(self, "activation_compression", codecs)
         _check_supported("zero", self.zero, _ZERO)
-        _check_supported("transport", self.transport, _TRANSPORTS)
+        _check_supported("transport", self.transport, (ANY_TRANSPORT, *TRANSPORTS))
+        _check_transport(self.transport, self.exchange)
         _check_seconds("stall_seconds", self.stall_seconds, SHORTEST_STALL_SECONDS)
         if self.step_seconds is not None:
             _check_seconds("step_seconds", self.step_seconds, SHORTEST_STEP_SECONDS)
@@ -131,11 +147,12 @@ class Plan:
         rows: int,
         cut_before: Callable[[str], int],
         precision: tensors_pb2.DataType = tensors_pb2.DATA_TYPE_UNSPECIFIED,
+        rules: Sequence[run_pb2.TensorRule] = (),
     ) -> run_pb2.Plan:
         """Return the message for the coordinator; SettingsError if this process lacks what the plan needs.
 
         rows: of the example batch. cut_before: gives the node position at which a module begins. precision: the type
-        that autocast takes.
+        that autocast takes. rules: what tensor_plan comes to for the model's parameters.
         """
         if self.checksums:
             check_available("This process")
@@ -167,6 +184,8 @@ class Plan:
             exchange=self.exchange,
             compression=self.compression,
             zero=self.zero,
+            tensor_plan=rules,
+            transport=self.transport,
         )
 
 
@@ -201,6 +220,26 @@ def _check_replicas(replicas: int, microbatches: int) -> None:
             expected=f"microbatches of {replicas} or more: they are those of all replicas",
             got=f"replicas={replicas}, microbatches={microbatches}",
             remedy="use more micro-batches, or fewer replicas",
+        )
+
+
+def _check_tensor(tensor: int, exchange: str) -> None:
+    if tensor > 1 and parse_exchange(exchange).has_servers:
+        raise PlanError(
+            "Parameter servers hold whole parameters, and tensor-parallel servers have parts of them",
+            expected='exchange="ring" or "local", or tensor=1',
+            got=f"exchange={exchange!r}, tensor={tensor}",
+            remedy='leave exchange out for "ring"',
+        )
+
+
+def _check_transport(transport: str, exchange: str) -> None:
+    if transport in DEVICE_OF_TORCHS and parse_exchange(exchange).has_servers:
+        raise PlanError(
+            "What goes to parameter servers and comes from them goes as messages",
+            expected=f'transport="{ANY_TRANSPORT}" or "{GRPC}"',
+            got=f"transport={transport!r}, exchange={exchange!r}",
+            remedy='leave transport out, or use exchange="ring"',
         )
 
 

@@ -79,7 +79,7 @@ class Report:
             ratio = f" ({pair.ratio:.2f}×)" if pair.ratio is not None and matters else ""
             return f"{unit.show(pair.predicted)} → {unit.show(pair.measured)}{ratio}"
 
-        rows = [_with_replica(_HEAD, "replica", self.servers)]
+        rows = [self._row(_HEAD, "replica", "shard")]
         for server in self.servers:
             longest = max(server.waits, key=lambda wait: server.waits[wait], default="")
             cells = (
@@ -94,7 +94,7 @@ class Report:
                 else "",
                 longest.removeprefix("wait-"),
             )
-            rows.append(_with_replica(cells, str(server.replica), self.servers))
+            rows.append(self._row(cells, str(server.replica), str(server.shard)))
         yield from _aligned(rows)
         yield (
             f"({unit.name} a step, predicted → measured; costs were {self.cost_source or 'estimated'}; "
@@ -103,13 +103,26 @@ class Report:
         for finding in self.findings:
             yield f"• {finding}"
 
+    def _row(self, cells: Sequence[str], replica: str, shard: str) -> tuple[str, ...]:
+        """Return a row of the table, with cells for the replica and the shard where there are several."""
+        first, *others = cells
+        more = [
+            cell
+            for cell, of_servers in (
+                (replica, [server.replica for server in self.servers]),
+                (shard, [server.shard for server in self.servers]),
+            )
+            if any(each is not None for each in of_servers)
+        ]
+        return (first, *more, *others)
+
 
 def make_report(
     plan: RunPlan, steps: Sequence[MeasuredStep], servers: Sequence[str], *, rows: int, recompute: bool = False
 ) -> Report:
     """Compare a plan with the steps that its layout has carried out.
 
-    servers: identifiers, by position, one replica after the other. rows: of the batch that the plan expects.
+    servers: identifiers, by replica, then position, then shard. rows: of the batch that the plan expects.
     recompute: forwards are run again for their backwards. SettingsError if there are no steps.
     """
     if not steps:
@@ -142,7 +155,8 @@ def make_report(
 
 def _server(plan: RunPlan, steps: Sequence[MeasuredStep], micro_batches: int, place: int, server: str) -> ServerReport:
     """micro_batches: of a step, over all replicas. place: of the server in the run's list."""
-    replica, position = divmod(place, plan.servers_each)
+    pipeline, shard = divmod(place, plan.shards)
+    replica, position = divmod(pipeline, plan.positions)
     times = [step.servers[server] for step in steps if server in step.servers]
     count = max(1, len(times))
 
@@ -154,10 +168,12 @@ def _server(plan: RunPlan, steps: Sequence[MeasuredStep], micro_batches: int, pl
 
     busy, waits = mean([time.busy for time in times]), mean([time.idle for time in times])
     forward, backward = _predicted(plan, position, plan.micro_batches_of(replica, micro_batches))
-    update = sum(each.update_seconds for each in plan.servers if (each.replica, each.position) == (replica, position))
+    own = (replica, position, shard)
+    update = sum(each.update_seconds for each in plan.servers if (each.replica, each.position, each.shard) == own)
     return ServerReport(
         position=position,
         replica=replica if plan.replicas > 1 else None,
+        shard=shard if plan.shards > 1 else None,
         server=server,
         stages=tuple(stage.stage for stage in plan.stages if stage.server == position),
         forward=Compared(forward, busy.get("forward", 0.0)),
@@ -179,12 +195,6 @@ def _predicted(plan: RunPlan, position: int, micro_batches: int) -> tuple[float,
             backward += stage.backward_seconds * (micro_batches - split[stage.stage])
             backward += (stage.input_gradient_seconds + stage.weight_gradient_seconds) * split[stage.stage]
     return forward, backward
-
-
-def _with_replica(cells: Sequence[str], cell: str, servers: Sequence[ServerReport]) -> tuple[str, ...]:
-    """Return a row of the table, with a cell for the replica where there are several."""
-    first, *others = cells
-    return (first, *others) if all(server.replica is None for server in servers) else (first, cell, *others)
 
 
 def _shown(server: ServerReport) -> Iterator[float]:

@@ -17,6 +17,8 @@ _UNEVEN = 1.1
 _NOTABLE_WAIT = 0.1
 _NOTABLE_BATCH_WAIT = 0.05
 _NOTABLE_EXCHANGE_WAIT = 0.1
+# In every layer, and not only at the end of a step: some of it there always is.
+_NOTABLE_TENSOR_WAIT = 0.3
 # How far the idle share may be above what was simulated.
 _NOTABLE_BUBBLE = 0.05
 # Of a step; below this a difference is not worth naming.
@@ -39,7 +41,7 @@ def find(
             "predicted is for those"
         )
     yield from _largest(servers, seconds)
-    if plan.replicas == 1:
+    if plan.replicas == plan.shards == 1:
         yield from _balance(servers)
     yield from _waits(servers)
     yield from _exchange(plan, servers)
@@ -97,6 +99,15 @@ def _share(servers: Sequence[ServerReport], wait: str) -> float:
 
 def _exchange(plan: RunPlan, servers: Sequence[ServerReport]) -> Iterator[str]:
     share = _share(servers, "wait-exchange")
+    if plan.shards > 1:
+        # Waits for the one and for the other are not told apart.
+        others = " or other replicas" if plan.replicas > 1 else ""
+        if share > _NOTABLE_TENSOR_WAIT:
+            yield (
+                f"servers wait {share:.0%} of the time for what the other servers of their stage{others} send: fewer "
+                "servers a stage (tensor), and more stages, exchange less"
+            )
+        return
     if plan.replicas > 1 and share > _NOTABLE_EXCHANGE_WAIT:
         remedy = "larger batches exchange less often"
         if plan.compression == "none":

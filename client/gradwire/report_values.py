@@ -31,13 +31,14 @@ class Compared:
 class ServerReport:
     """Where one server's seconds of a step went, on average over the measured steps.
 
-    position: in its pipeline. replica: None where there is only one. backward: with the gradients of weights.
+    position: in its pipeline. replica, shard: None where there is only one. backward: with the gradients of weights.
     transfer_seconds: encoding and decoding what travels. waits: by what was waited for. Forward, backward, update,
     transfer and waits, as measured, add up to window_seconds: from the end of one step to the end of the next.
     """
 
     position: int
     replica: int | None
+    shard: int | None
     server: str
     stages: tuple[int, ...]
     forward: Compared
@@ -58,7 +59,8 @@ class ServerReport:
 
     @property
     def name(self) -> str:
-        """The server in a sentence: "server 1 (stage 1)", "server 1 (stage 1) of replica 0"."""
+        """The server in a sentence: "server 1 (stage 1)", "server 1 (stage 1, shard 0) of replica 0"."""
         several = "stages" if len(self.stages) > 1 else "stage"
-        own = f"server {self.position} ({several} {', '.join(map(str, self.stages))})"
+        shard = "" if self.shard is None else f", shard {self.shard}"
+        own = f"server {self.position} ({several} {', '.join(map(str, self.stages))}{shard})"
         return own if self.replica is None else f"{own} of replica {self.replica}"

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gradwire.planned_tensor import PlannedTensor, tensor_lines
 from gradwire.timeline_drawing import TimedAction
 from gradwire.units import shown_bytes, shown_seconds
 from gradwire_protocol.codecs import NAME_OF_CODEC
@@ -51,12 +52,13 @@ class PlannedStage:
 class PlannedServer:
     """A server of the plan: what it does in a step, and what it holds at the peak, in bytes.
 
-    position: in the pipeline of its replica. reduce_seconds: exchanging gradients with other replicas, and adding up
-    those of tied parameters.
+    position: in the pipeline of its replica. shard: among the servers that share its stages. reduce_seconds: exchanging
+    gradients with other replicas, and adding up those of tied parameters.
     """
 
     position: int
     replica: int
+    shard: int
     server: str
     device: str
     # Of the device; 0: not known.
@@ -138,7 +140,8 @@ class RunPlan:
     its candidates and its timeline are of one that is nowhere faster than the slowest. compression: codec of the
     gradients that they exchange, or, with local steps, of the way that their weights have gone; compression_reason:
     why, where the plan leaves it open. shards_optimizer: whether they share the optimizer's state; zero_reason: why, or
-    why not.
+    why not. transport: what moves the sums of shards and replicas; transport_reason: why; both empty without either.
+    tensor: what the servers of a stage share; None: each stage has one.
     """
 
     schedule: str
@@ -150,6 +153,9 @@ class RunPlan:
     compression_reason: str
     shards_optimizer: bool
     zero_reason: str
+    transport: str
+    transport_reason: str
+    tensor: PlannedTensor | None
     theoretical_bubble_ratio: float
     stages: tuple[PlannedStage, ...]
     servers: tuple[PlannedServer, ...]
@@ -167,9 +173,14 @@ class RunPlan:
         prediction = summary.prediction
         # Of one replica: the others are like it.
         replicas = max(1, len(summary.replica_shares))
-        pipeline = max(1, len(prediction.servers) // replicas)
+        tensor = PlannedTensor.from_proto(summary.tensor) if summary.HasField("tensor") else None
+        shards = max(1, tensor.servers) if tensor is not None else 1
+        pipeline = max(1, len(prediction.servers) // (replicas * shards))
+        positions = [place // shards % pipeline for place in range(len(prediction.servers))]
         server_of = {
-            stage: place for place, server in enumerate(prediction.servers[:pipeline]) for stage in server.stages
+            stage: position
+            for position, server in zip(positions, prediction.servers, strict=True)
+            for stage in server.stages
         }
         return cls(
             schedule=summary.schedule,
@@ -181,9 +192,12 @@ class RunPlan:
             compression_reason=summary.compression_reason,
             shards_optimizer=summary.shards_optimizer,
             zero_reason=summary.zero_reason,
+            transport=summary.transport,
+            transport_reason=summary.transport_reason,
+            tensor=tensor,
             theoretical_bubble_ratio=summary.theoretical_bubble_ratio,
             stages=tuple(_stage(stage, server_of.get(stage.stage, stage.stage)) for stage in summary.stages),
-            servers=tuple(_server(place % pipeline, server) for place, server in enumerate(prediction.servers)),
+            servers=tuple(map(_server, positions, prediction.servers)),
             links=tuple(_link(link) for link in prediction.links),
             predicted=Predicted(
                 seconds=prediction.seconds,
@@ -212,14 +226,24 @@ class RunPlan:
         return len(self.replica_shares)
 
     @property
+    def shards(self) -> int:
+        """Servers of each stage, which share it."""
+        return max(1, self.tensor.servers) if self.tensor is not None else 1
+
+    @property
+    def positions(self) -> int:
+        """Servers of one replica's pipeline, those that share a stage counted once."""
+        return len(self.servers) // (self.replicas * self.shards) or len(self.stages)
+
+    @property
     def servers_each(self) -> int:
         """Servers of one replica."""
-        return len(self.servers) // self.replicas or len(self.stages)
+        return self.positions * self.shards
 
     @property
     def virtual_stages(self) -> int:
         """Stages on each server."""
-        return len(self.stages) // self.servers_each
+        return len(self.stages) // self.positions
 
     def micro_batches_of(self, replica: int, micro_batches: int) -> int:
         """Return how many of a step's micro-batches a replica takes."""
@@ -230,6 +254,7 @@ class RunPlan:
         record = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for part in ("stages", "servers", "links", "candidates"):
             record[part] = [dataclasses.asdict(item) for item in record[part]]
+        record["tensor"] = dataclasses.asdict(self.tensor) if self.tensor is not None else None
         record["predicted"] = dataclasses.asdict(self.predicted)
         record["timeline"] = [[item.server, str(item.action), item.start, item.end] for item in self.timeline]
         return record
@@ -247,7 +272,7 @@ class RunPlan:
                 f"B {shown_seconds(stage.backward_seconds)} a micro-batch"
                 + (f"; sends {shown_bytes(stage.boundary_bytes)} a step" if stage.boundary_bytes else "")
             )
-        lines += [f"  {line}" for line in replica_lines(self)]
+        lines += [f"  {line}" for line in grid_lines(self)]
         if self.reason:
             lines.append(f"  why: {self.reason}; costs are {self.cost_source}")
         return "\n".join(lines)
@@ -259,6 +284,15 @@ class RunPlan:
             f"{self.micro_batches} micro-batches, a step "
             f"of {shown_seconds(self.predicted.seconds)} with a bubble of {self.predicted.bubble:.1%} expected"
         )
+
+
+def grid_lines(plan: RunPlan) -> Iterator[str]:
+    """Yield what the servers of a stage do together, and replicas, and what moves what they add up."""
+    yield from tensor_lines(plan.tensor)
+    yield from replica_lines(plan)
+    if plan.transport:
+        reason = f": {plan.transport_reason}" if plan.transport_reason else ""
+        yield f"transport {plan.transport}{reason}"
 
 
 def replica_lines(plan: RunPlan) -> Iterator[str]:
@@ -329,6 +363,7 @@ def _server(position: int, server: pb.ServerPrediction) -> PlannedServer:
     return PlannedServer(
         position=position,
         replica=server.replica,
+        shard=server.shard,
         server=server.server,
         device=f"{server.device.kind}, {threads} thread{'s' * (threads != 1)}" if threads else server.device.kind,
         memory_bytes=server.device.memory_bytes,

@@ -19,9 +19,11 @@ from gradwire.graph import ExportedModel, export_model
 from gradwire.graph.dynamic import Dynamic
 from gradwire.graph.precision import precision_type
 from gradwire.optimizers import OptimizerReader
+from gradwire.parallel_linear import module_rules
 from gradwire.plan import Plan
+from gradwire.tensor_plans import check_optimizer, tensor_rules
 from gradwire_protocol.torch_tensors import DATA_TYPES
-from gradwire_protocol.v1 import coordinator_pb2, graph_pb2, tensors_pb2
+from gradwire_protocol.v1 import coordinator_pb2, graph_pb2, run_pb2, tensors_pb2
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,15 @@ class RunRequest:
     exported: ExportedModel
     optimizer: OptimizerReader
     tensors: dict[str, torch.Tensor]
+    # Gives the message of another plan for the same model and batch; PlanError.
+    plan_message: Callable[[Plan], run_pb2.Plan]
+
+    def with_plan(self, plan: Plan) -> coordinator_pb2.CreateRunRequest:
+        """Return the request for another plan, of the same export."""
+        made = coordinator_pb2.CreateRunRequest()
+        made.CopyFrom(self.message)
+        made.plan.CopyFrom(self.plan_message(plan))
+        return made
 
 
 def make_request(
@@ -56,17 +67,24 @@ def make_request(
     tensors = dict(exported.tensors)
     reader = OptimizerReader(optimizer, model, tensors)
     rows = exported.flatten_batch(batch, graph_pb2.GRAPH_KIND_TRAIN).rows
-    if micro_batch_rows is not None:
-        rows = micro_batch_rows * plan.microbatches
-    message = coordinator_pb2.CreateRunRequest(
-        model=exported.proto,
-        plan=plan.to_proto(
-            rows=rows,
+    specs = exported.proto.tensors
+    of_modules = module_rules(model, loss)
+
+    def plan_message(wanted: Plan) -> run_pb2.Plan:
+        rules = tensor_rules(wanted.tensor_plan, of_modules, specs, wanted.tensor)
+        check_optimizer(reader.name, {name for names in reader.members for name in names}, rules, specs)
+        return wanted.to_proto(
+            rows=rows if micro_batch_rows is None else micro_batch_rows * wanted.microbatches,
             cut_before=exported.cut_before,
             precision=tensors_pb2.DATA_TYPE_UNSPECIFIED if data_type is None else DATA_TYPES[data_type],
-        ),
+            rules=rules,
+        )
+
+    message = coordinator_pb2.CreateRunRequest(
+        model=exported.proto,
+        plan=plan_message(plan),
         optimizer=reader.describe(),
         seed=seed,
         description=description or type(model).__name__,
     )
-    return RunRequest(message, exported, reader, tensors)
+    return RunRequest(message, exported, reader, tensors, plan_message)

@@ -103,7 +103,7 @@ class Session:
 
     @property
     def first_server(self) -> coordinator_pb2.ServerLayout:
-        """The first replica's server of stage 0, which passes on what no server holds."""
+        """The first replica's first server of stage 0, which passes on what no server holds."""
         return next(server for server in self.servers if 0 in server.stages)
 
     def submit_save(self, entry: run_pb2.Entry) -> tuple[Future[run_pb2.EntryResult], Future[run_pb2.SaveOutcome]]:
@@ -160,7 +160,7 @@ class Session:
         batched: Iterable[str],
         micro_batches: Sequence[run_pb2.MicroBatch],
     ) -> None:
-        """Deliver the rows of each micro-batch to the servers of its replica whose segments read them.
+        """Deliver the rows of each micro-batch to all servers of its replica whose segments read them.
 
         Does not wait: what servers do not take yet stays here, as parts of one copy of the batch, and the window bounds
         how many there are. If it waited, for a server that waits for its results to be collected, nobody would.

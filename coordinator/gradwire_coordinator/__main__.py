@@ -18,6 +18,7 @@ from gradwire_coordinator.service import Coordinator
 from gradwire_coordinator.settings import CoordinatorSettings, load_coordinator_settings
 from gradwire_protocol.channels import open_channel
 from gradwire_protocol.errors import GradwireError
+from gradwire_protocol.roles import Role
 from gradwire_protocol.serving import Service, ServiceSettings, configure_logging, exit_in_time, watch_stdin
 from gradwire_protocol.v1 import coordinator_pb2_grpc
 
@@ -36,6 +37,7 @@ def serve(settings: CoordinatorSettings, ready_fd: int | None = None) -> None:
                 advertise=settings.advertise,
                 metrics_listen=settings.metrics_listen,
                 tls=settings.tls,
+                role=Role.COORDINATOR,
                 insecure=settings.insecure,
                 ready_fd=ready_fd,
             ),

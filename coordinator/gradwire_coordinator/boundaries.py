@@ -50,16 +50,25 @@ ASSUMED_LINK = LinkRate(LINK_BYTES_PER_SECOND, LINK_BYTES_PER_SECOND, 5e-4)
 class Boundaries:
     """The boundaries of the train graph: number b is between stage b and b + 1, and has what b + 1 reads.
 
-    Of that only what comes from another server, and is not there already for an earlier stage of the same one.
+    Of that only what comes from another server, and is not there already for an earlier stage of the same one. Sizes
+    are of one shard out of so many: of a value that is spread, of its part.
     """
 
     def __init__(
-        self, index: GraphIndex, segments: Mapping[int, stage_pb2.Segment], placement: Placement, rows: int
+        self,
+        index: GraphIndex,
+        segments: Mapping[int, stage_pb2.Segment],
+        placement: Placement,
+        rows: int,
+        shards: int = 1,
     ) -> None:
         self._index = index
         self._placement = placement
         self._rows = rows
-        self._exact = {made.value for segment in segments.values() for made in segment.outgoing if made.exact}
+        self._shards = shards
+        outgoing = [made for segment in segments.values() for made in segment.outgoing]
+        self._exact = {made.value for made in outgoing if made.exact}
+        self._spread = {made.value for made in outgoing if made.HasField("spread_dimension")}
         read: list[list[Travelling]] = [[] for _ in placement]
         for segment in segments.values():
             for made in segment.outgoing:
@@ -97,6 +106,11 @@ class Boundaries:
         ]
         return with_transfers(codecs, seconds, self._of_stages(rates), boundaries)
 
+    @property
+    def spread(self) -> list[list[Travelling]]:
+        """Of each boundary: what is brought together from parts behind it, and in front of it on the way back."""
+        return [[value for value in values if value.spread] for values in self._read]
+
     def leaving_bytes(self, segment: stage_pb2.Segment, choices: Sequence[Choice]) -> int:
         """Return the bytes that leave a stage's server forward for one micro-batch, as encoded."""
         return sum(
@@ -128,7 +142,8 @@ class Boundaries:
 
     def _travelling(self, value: str) -> Travelling:
         spec = self._index.spec(value)
-        size = value_bytes(spec, self._rows)
+        spread = value in self._spread
+        size = -(-value_bytes(spec, self._rows) // (self._shards if spread else 1))
         is_tensor = spec.kind == graph_pb2.VALUE_KIND_TENSOR and spec.data_type in ELEMENT_BYTES
         return Travelling(
             data_type=spec.data_type if is_tensor else 0,
@@ -136,6 +151,7 @@ class Boundaries:
             size_bytes=size,
             has_gradient=can_need_gradient(spec) and value not in self._exact,
             exact=value in self._exact,
+            spread=spread,
         )
 
 

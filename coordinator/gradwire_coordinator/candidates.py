@@ -35,7 +35,8 @@ class Way:
     # What a server holds whatever the schedule, and what its device has; 0: not known.
     held_bytes: tuple[int, ...]
     memory_bytes: tuple[int, ...]
-    # Between servers for one micro-batch, both ways; and for each step, from its servers to those of other replicas.
+    # Between servers for one micro-batch, both ways; and for each step, from its servers to those of other replicas. Of
+    # one shard, with what it sends to the others.
     traffic_bytes: int
     exchange_bytes: int = 0
 

@@ -30,7 +30,7 @@ _CALL_SECONDS = {"none": 0.0, "bf16": 10e-6, "fp16": 10e-6, "int8": 100e-6}
 
 @dataclass(frozen=True)
 class Travelling:
-    """A value that a stage reads of stages on other servers, in one micro-batch."""
+    """A value that a stage reads of stages on other servers, in one micro-batch; of one that is spread, a part."""
 
     data_type: int
     elements: int
@@ -38,6 +38,8 @@ class Travelling:
     size_bytes: int
     has_gradient: bool
     exact: bool
+    # Those that read it bring the parts of all shards together, as those do that get its gradient.
+    spread: bool = False
 
 
 @dataclass(frozen=True)

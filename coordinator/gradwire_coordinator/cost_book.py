@@ -26,7 +26,7 @@ from gradwire_coordinator.model_checks import IndexedModel
 from gradwire_coordinator.registry import Server
 from gradwire_protocol.channels import parse_address
 from gradwire_protocol.errors import GradwireError, from_rpc_error
-from gradwire_protocol.v1 import graph_pb2, run_pb2, stage_pb2, stage_pb2_grpc, tensors_pb2
+from gradwire_protocol.v1 import graph_pb2, run_pb2, stage_pb2, stage_pb2_grpc
 
 # Of each device that is asked, unless the coordinator is told otherwise.
 PROFILING_SECONDS = 2.0
@@ -90,13 +90,13 @@ class CostBook:
         nothing_to_choose = plan.stages == 1 and alike
         if not self._seconds or nothing_to_choose or (shortest < LEAST_SECONDS and not indexed.operators):
             return estimates
-        measured = self._measured(indexed, plan.precision, servers, estimates)
+        measured = self._measured(indexed, plan, servers, estimates)
         return node_costs(indexed.train, trained, rows, devices, measured)
 
     def _measured(
         self,
         indexed: IndexedModel,
-        precision: tensors_pb2.DataType,
+        plan: run_pb2.Plan,
         servers: Sequence[Server],
         estimates: Sequence[NodeCosts],
     ) -> dict[DeviceMake, MeasuredGroups]:
@@ -108,21 +108,21 @@ class CostBook:
         for server, costs in zip(servers, estimates, strict=True):
             make = DeviceMake.of(server.device)
             if make not in found and make not in asked:
-                known = self._recall(_Key(name, make, server.version, precision), costs.rows)
+                known = self._recall(_Key(name, make, server.version, plan.precision), costs.rows)
                 if known is not None:
                     found[make] = known
             if make not in found:
                 asked.setdefault(make, []).append((server, costs))
         every = [pair for make in asked.values() for pair in _together(make)]
         with ThreadPoolExecutor(max(1, len(every)), thread_name_prefix="profile") as pool:
-            replies = pool.map(lambda pair: self._measure(pair[0], indexed, graph, pair[1], precision), every)
+            replies = pool.map(lambda pair: self._measure(pair[0], indexed, graph, pair[1], plan), every)
             of_make: dict[DeviceMake, list[MeasuredGroups]] = {}
             for (server, _), made in zip(every, replies, strict=True):
                 if made is not None:
                     of_make.setdefault(DeviceMake.of(server.device), []).append(made)
         for make, several in of_make.items():
             found[make] = average(several)
-            self._remember(_Key(name, make, asked[make][0][0].version, precision), found[make])
+            self._remember(_Key(name, make, asked[make][0][0].version, plan.precision), found[make])
         return found
 
     def _measure(
@@ -131,7 +131,7 @@ class CostBook:
         indexed: IndexedModel,
         graph: graph_pb2.Graph,
         costs: NodeCosts,
-        precision: tensors_pb2.DataType,
+        plan: run_pb2.Plan,
     ) -> MeasuredGroups | None:
         """Ask a server; None if it cannot say."""
         cuts = indexed.train.usable_cuts(indexed.mutated)
@@ -146,8 +146,9 @@ class CostBook:
             tensors=[spec for name, spec in indexed.tensors.items() if name in used],
             ends=ends,
             rows=counts,
-            precision=precision,
+            precision=plan.precision,
             seconds=self._seconds,
+            tensor=plan.tensor if plan.tensor > 1 else 0,
         )
         who = f"stage server {server.server}"
         try:

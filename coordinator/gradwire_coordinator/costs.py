@@ -95,6 +95,13 @@ class TravellingValue:
     # For one micro-batch; the gradient has none where the type has no gradient.
     size_bytes: int
     gradient_bytes: int
+    # All of it, where a server sends a part only, and those that read it bring the parts together; None: the same.
+    whole_bytes: int | None = None
+
+    @property
+    def kept_bytes(self) -> int:
+        """What a stage holds that reads it."""
+        return self.size_bytes if self.whole_bytes is None else self.whole_bytes
 
 
 def device_rates(devices: Sequence[coordinator_pb2.DeviceInfo]) -> list[Rates]:
@@ -217,8 +224,13 @@ def node_seconds(
     )
 
 
-def travelling_values(index: GraphIndex, rows: int) -> list[TravellingValue]:
-    """Return the values that later nodes read. What the client sends (inputs) crosses no cut."""
+def travelling_values(
+    index: GraphIndex, rows: int, spread: Collection[str] = (), shards: int = 1
+) -> list[TravellingValue]:
+    """Return the values that later nodes read. What the client sends (inputs) crosses no cut.
+
+    spread: those of which each of so many shards sends a part.
+    """
     last = len(index.graph.nodes) - 1
     found = []
     for node in index.graph.nodes:
@@ -227,8 +239,10 @@ def travelling_values(index: GraphIndex, rows: int) -> list[TravellingValue]:
         read = tuple(dict.fromkeys(min(position, last) for position in index.readers.get(node.name, ())))
         read = tuple(position for position in read if position > made)
         if read:
-            size = value_bytes(node.output, rows)
-            found.append(TravellingValue(made, read, size, size if can_need_gradient(node.output) else 0))
+            whole = value_bytes(node.output, rows)
+            size = -(-whole // shards) if node.name in spread else whole
+            gradient = size if can_need_gradient(node.output) else 0
+            found.append(TravellingValue(made, read, size, gradient, whole if node.name in spread else None))
     return found
 
 

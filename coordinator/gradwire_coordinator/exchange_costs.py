@@ -63,8 +63,10 @@ def exchange_seconds(
         shared = replicas * sum(sent) / sharing.exchange.servers
         slowest = [max(own, shared) / ASSUMED_LINK.forward + 2 * ASSUMED_LINK.round_trip_seconds for own in sent]
         return [seconds if own else 0.0 for seconds, own in zip(slowest, sent, strict=True)]
-    steps = _steps(sharing)
-    return [ring.seconds(sharing.codec, own) / steps for ring, own in zip(rings, tensors, strict=True)] if rings else []
+    if not rings:
+        return []
+    share = _rounds(sharing) / _steps(sharing)
+    return [share * ring.seconds(sharing.codec, own) for ring, own in zip(rings, tensors, strict=True)]
 
 
 def exchange_bytes(rings: Sequence[Ring], sharing: Sharing, tensors: Sequence[Sequence[graph_pb2.TensorSpec]]) -> int:
@@ -77,7 +79,7 @@ def exchange_bytes(rings: Sequence[Ring], sharing: Sharing, tensors: Sequence[Se
     if not rings:
         return 0
     sent = sum(ring.sent_bytes(sharing.codec, own) for ring, own in zip(rings, tensors, strict=True))
-    return round(sent / _steps(sharing))
+    return round(sent * _rounds(sharing) / _steps(sharing))
 
 
 def choose_codec(
@@ -112,6 +114,11 @@ def _encoded_bytes(codec: GradientCodec, tensors: Iterable[graph_pb2.TensorSpec]
     return sum(
         encoded_bytes(codec, tuple(spec.shape), ELEMENT_BYTES[spec.data_type]) for spec in tensors if spec.requires_grad
     )
+
+
+def _rounds(sharing: Sharing) -> float:
+    """Return how often as much as a ring sends goes round: updated weights come on top of sums that are whole."""
+    return 1.5 if sharing.sums_by and sharing.shards_optimizer else 1.0
 
 
 def _steps(sharing: Sharing) -> int:

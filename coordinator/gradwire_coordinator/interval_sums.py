@@ -137,7 +137,7 @@ class Units:
         inputs = [(-1, sorted({of_node[node] for node in value.read}), value) for value in problem.inputs]
         self.sent = Sent(((made, read[-1], value.size_bytes) for made, read, value in values), self.count)
         self.returned = Distinct(((made, read, value.gradient_bytes) for made, read, value in values), self.count)
-        self.incoming = Distinct(((made, read, value.size_bytes) for made, read, value in values + inputs), self.count)
+        self.incoming = Distinct(((made, read, value.kept_bytes) for made, read, value in values + inputs), self.count)
         self._tensors = [(sorted({of_node[node] for node in tensor.read}), tensor) for tensor in problem.tensors]
         self.state = Distinct(((-1, read, tensor.total_bytes) for read, tensor in self._tensors), self.count)
         self.held = self._running(problem.held_bytes)

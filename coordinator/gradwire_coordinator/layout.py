@@ -14,7 +14,6 @@ from typing import Any
 from gradwire_coordinator.bounds import message_bounds
 from gradwire_coordinator.costs import rows_per_micro_batch
 from gradwire_coordinator.graph_index import value_bytes
-from gradwire_coordinator.model_checks import IndexedModel
 from gradwire_coordinator.placement import Placement, hosted
 from gradwire_coordinator.plan_summary import summarise
 from gradwire_coordinator.planner import PlannedRun
@@ -33,13 +32,13 @@ _WIDEST_PICTURE = 32
 
 @dataclass(frozen=True)
 class Layout:
-    """A run, laid out. Lists go by server: by position, one replica after the other; then parameter servers."""
+    """A run, laid out. Lists go by server: by replica, position and shard; then parameter servers."""
 
     servers: list[Server]
-    # The stages of each server, ascending, and its replica.
     places: list[ServerPlace]
-    # Servers of the last stage, each with its replica.
+    # Servers of the last stage, each with its replica: the first shards, and the others, whose losses are the same.
     loss_from: dict[int, int]
+    loss_copies: dict[int, int]
     prepare: list[stage_pb2.PrepareRequest]
     for_client: list[coordinator_pb2.ServerLayout]
     summary: coordinator_pb2.PlanSummary
@@ -60,29 +59,39 @@ def lay_out(
     run: str,
     generation: int,
     request: coordinator_pb2.CreateRunRequest,
-    indexed: IndexedModel,
     planned: PlannedRun,
     parameter_servers: Sequence[Server] = (),
 ) -> Layout:
     """Return what carries out a run that is planned, with these parameter servers."""
-    plan, servers, cut, schedule = request.plan, planned.servers, planned.cut, planned.schedule
+    plan, cut, schedule, shards = request.plan, planned.cut, planned.schedule, planned.sharded.shards
     pipeline = hosted(schedule.placement)
     sharing = cut.sharing
     local_steps = sharing.local_steps() if plan.replicas > 1 else None
     # (position in its pipeline, the server, its place) of each.
     placed = [
-        (position, server, ServerPlace(stages=pipeline[position], replica=replica, replicas=plan.replicas))
-        for (replica, position), server in zip(
-            itertools.product(range(plan.replicas), range(plan.stages)), servers, strict=True
+        (
+            position,
+            server,
+            ServerPlace(stages=pipeline[position], replica=replica, replicas=plan.replicas, shard=shard, shards=shards),
         )
+        for (replica, position), unit in zip(
+            itertools.product(range(plan.replicas), range(plan.stages)), planned.units, strict=True
+        )
+        for shard, server in enumerate(unit)
     ]
     helpers = [
         (server, ServerPlace(stages=[len(schedule.placement) + number], parameter_server=number))
         for number, server in enumerate(parameter_servers)
     ]
-    bounds = _bounds(request, indexed, cut, schedule)
+    bounds = _bounds(request, planned)
     peers = [
-        stage_pb2.Peer(server=server.server, address=server.address, stages=place.stages, replica=place.replica)
+        stage_pb2.Peer(
+            server=server.server,
+            address=server.address,
+            stages=place.stages,
+            replica=place.replica,
+            shard=place.shard,
+        )
         for _, server, place in placed
     ]
     peers += [
@@ -97,7 +106,7 @@ def lay_out(
         peers=peers,
         stages=len(schedule.placement),
         optimizer=request.optimizer,
-        loss_form=indexed.model.loss_form,
+        loss_form=planned.sharded.indexed.model.loss_form,
         seed=request.seed,
         recompute=plan.recompute,
         precision=plan.precision,
@@ -107,11 +116,14 @@ def lay_out(
         shard_optimizer=sharing.shards_optimizer,
         local_steps=local_steps,
         staleness=sharing.exchange.staleness,
+        transport=planned.transport.name,
     )
+    losses = {number: place for number, (position, _, place) in enumerate(placed) if position == schedule.placement[-1]}
     return Layout(
-        servers=[*servers, *parameter_servers],
+        servers=[*planned.servers, *parameter_servers],
         places=[place for _, _, place in placed] + [place for _, place in helpers],
-        loss_from={replica * plan.stages + schedule.placement[-1]: replica for replica in range(plan.replicas)},
+        loss_from={number: place.replica for number, place in losses.items() if place.shard == 0},
+        loss_copies={number: place.replica for number, place in losses.items() if place.shard > 0},
         prepare=[
             _for_server(
                 common,
@@ -136,24 +148,25 @@ def lay_out(
             tied_servers=segments.tied_servers(schedule.placement),
             active_stages={kind: frozenset(segments.of_graph(kind)) for kind in segments.cuts},
             replicas=plan.replicas,
+            shards=shards,
             sharing=sharing,
         ),
     )
 
 
-def _bounds(
-    request: coordinator_pb2.CreateRunRequest, indexed: IndexedModel, cut: CutModel, schedule: ChosenSchedule
-) -> dict[int, list[stage_pb2.UntakenBound]]:
+def _bounds(request: coordinator_pb2.CreateRunRequest, planned: PlannedRun) -> dict[int, list[stage_pb2.UntakenBound]]:
     """Return how many messages can lie untaken, by the stage that receives them, whatever a batch's rows."""
     # Later batches may have more rows than the expected one, and then as many micro-batches as the plan allows; shares
     # may give one replica any number of them.
-    plan = request.plan
+    plan, sharded = request.plan, planned.sharded
+    train, spread = sharded.indexed.train, sharded.spread.get(graph_pb2.GRAPH_KIND_TRAIN, {})
     rows = rows_per_micro_batch(plan.expected_rows, plan.micro_batches)
-    *fewer, full = schedule.extremes(plan.micro_batches)
+    *fewer, full = planned.schedule.extremes(plan.micro_batches)
     return message_bounds(
         full,
-        cut.segments.of_graph(graph_pb2.GRAPH_KIND_TRAIN),
-        lambda value: value_bytes(indexed.train.spec(value), rows),
+        planned.cut.segments.of_graph(graph_pb2.GRAPH_KIND_TRAIN),
+        # Of what is spread, a message is one part.
+        lambda value: -(-value_bytes(train.spec(value), rows) // (sharded.shards if value in spread else 1)),
         fewer=fewer,
     )
 
@@ -216,13 +229,15 @@ def _for_client(
         address=server.address,
         stages=place.stages,
         replica=place.replica,
+        shard=place.shard,
         parameter_server=is_helper,
         tensors=[placement.spec.name for placement in held],
         inputs=[coordinator_pb2.InputUse(graph=graph, values=values) for graph, values in inputs.items()],
         results=[
             result.value
             for segment in segments
-            if segment.graph == graph_pb2.GRAPH_KIND_PREDICT
+            # All shards have the whole of them.
+            if segment.graph == graph_pb2.GRAPH_KIND_PREDICT and place.shard == 0
             for result in segment.results
         ],
         owned_tensors=[

@@ -54,12 +54,12 @@ class Metrics:
         self._bubble = Gauge(
             "gradwire_bubble_ratio",
             "Share of the last training step in which the stage had nothing to compute, as it measured it.",
-            ["run", "stage", "replica"],
+            ["run", "stage", "replica", "shard"],
             registry=registry,
         )
         self._lock = threading.Lock()
-        # Run -> its stages, with their replicas, that have series.
-        self._kept: dict[str, set[tuple[str, str]]] = {}
+        # Run -> its stages, with their replicas and shards, that have series.
+        self._kept: dict[str, set[tuple[str, str, str]]] = {}
         self._order: deque[str] = deque()
         self.count_servers([])
         self.count_runs([])
@@ -89,11 +89,11 @@ class Metrics:
             for server, timing in result.timings.items():
                 place = places[server]
                 if timing.window_seconds > 0 and place.parameter_server is None:
-                    labels = ",".join(map(str, place.stages)), str(place.replica)
+                    labels = ",".join(map(str, place.stages)), str(place.replica), str(place.shard)
                     stages.add(labels)
                     self._bubble.labels(run, *labels).set(sum(timing.idle_seconds.values()) / timing.window_seconds)
 
-    def _keep(self, run: str) -> set[tuple[str, str]]:
+    def _keep(self, run: str) -> set[tuple[str, str, str]]:
         """Return the stages of a run that have series, and drop the series of the oldest run if there are too many."""
         if run not in self._kept:
             self._kept[run] = set()

@@ -11,9 +11,11 @@ from gradwire_coordinator.custom_operators import read_operators
 from gradwire_coordinator.graph_index import MAXIMUM_TENSORS, GraphIndex, index_graph
 from gradwire_coordinator.named_schedules import check_schedule
 from gradwire_coordinator.sharing import Sharing
+from gradwire_coordinator.tensor_checks import check_tensor, stage_servers
 from gradwire_protocol.codecs import AUTO, CODEC_NAMES
 from gradwire_protocol.errors import LimitExceeded, ModelError, OptimizerError, PlanError
 from gradwire_protocol.frames import ELEMENT_BYTES, MAXIMUM_DIMENSIONS, MAXIMUM_VALUE_BYTES
+from gradwire_protocol.group_operators import GROUP_OPERATORS
 from gradwire_protocol.operators import is_custom
 from gradwire_protocol.v1 import graph_pb2, run_pb2, tensors_pb2
 
@@ -92,8 +94,15 @@ def check_model(model: graph_pb2.Model) -> IndexedModel:
 
 
 def _check_targets(index: GraphIndex, operators: dict[str, str]) -> None:
-    """Refuse a custom operator that is not in the model's table: servers could not be chosen for it."""
+    """Refuse group operators, and custom ones that are not in the model's table: no server could run them."""
     for node in index.graph.nodes:
+        if node.target in GROUP_OPERATORS:
+            raise ModelError(
+                f"The {index.name} graph uses an operator that only the coordinator puts into graphs",
+                expected="operators of the model",
+                got=node.target,
+                remedy="export the model with this version",
+            )
         if is_custom(node.target) and node.target not in operators:
             raise ModelError(
                 f"The {index.name} graph uses a custom operator that the model does not list",
@@ -124,6 +133,12 @@ def _check_tensors(model: graph_pb2.Model) -> dict[str, graph_pb2.TensorSpec]:
                 expected=f"at most {MAXIMUM_DIMENSIONS} sizes, none negative",
                 got=str(list(spec.shape)[:40]),
             )
+        if spec.HasField("split"):
+            raise ModelError(
+                f"Tensor {spec.name} is split already",
+                expected="whole tensors: the coordinator splits them",
+                got=f"a part of dimension {spec.split.dimension}",
+            )
         tensors[spec.name] = spec
     return tensors
 
@@ -133,6 +148,7 @@ def check_plan(plan: run_pb2.Plan) -> None:
     for field, least, most in (
         ("stages", 1, MAXIMUM_STAGES),
         ("replicas", 1, MAXIMUM_STAGES),
+        ("tensor", 1, MAXIMUM_STAGES),
         ("micro_batches", 1, MAXIMUM_MICRO_BATCHES),
         ("window", 1, MAXIMUM_WINDOW),
         ("expected_rows", 1, 2**40),
@@ -140,14 +156,15 @@ def check_plan(plan: run_pb2.Plan) -> None:
         value = getattr(plan, field)
         if not least <= value <= most:
             raise PlanError(f"The plan's {field} is out of range", expected=f"{least} to {most}", got=str(value))
-    if plan.tensor != 1:
+    if stage_servers(plan) > MAXIMUM_STAGES:
+        several = f", each of {plan.tensor} servers" if plan.tensor > 1 else ""
         raise PlanError(
-            "This version runs stages that are not sharded, so the plan's tensor must be 1",
-            expected="1",
-            got=str(plan.tensor),
-            remedy="use stages to spread the model, and leave tensor at 1",
+            "The plan takes too many servers",
+            expected=f"at most {MAXIMUM_STAGES}",
+            got=f"{stage_servers(plan)}: {plan.replicas} replicas of {plan.stages} stages{several}",
         )
     _check_replicas(plan)
+    check_tensor(plan)
     check_schedule(plan.schedule, plan.virtual_stages)
     _check_codecs(plan)
     for field, shortest in (("stall_seconds", 1.0), ("step_seconds", 0.001)):
@@ -169,12 +186,6 @@ def check_plan(plan: run_pb2.Plan) -> None:
 
 
 def _check_replicas(plan: run_pb2.Plan) -> None:
-    if plan.stages * plan.replicas > MAXIMUM_STAGES:
-        raise PlanError(
-            "The plan takes too many servers",
-            expected=f"at most {MAXIMUM_STAGES}",
-            got=f"{plan.stages * plan.replicas}: {plan.replicas} replicas of {plan.stages} stages",
-        )
     if plan.replicas > plan.micro_batches:
         raise PlanError(
             "The plan has fewer micro-batches than replicas, so some would have nothing to do",

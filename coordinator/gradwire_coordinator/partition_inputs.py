@@ -15,15 +15,15 @@ from gradwire_coordinator.costs import NodeCosts, TravellingValue, rows_per_micr
 from gradwire_coordinator.fit_errors import Alternative
 from gradwire_coordinator.graph_index import value_bytes
 from gradwire_coordinator.link_rates import LinkRate
-from gradwire_coordinator.model_checks import IndexedModel
 from gradwire_coordinator.named_schedules import AUTO, placements
 from gradwire_coordinator.optimizer_costs import OptimizerCosts
 from gradwire_coordinator.partition_problem import Floats, HeldTensor, PartitionProblem
 from gradwire_coordinator.placement import Placement
 from gradwire_coordinator.programs import ChosenSchedule, recomputing_stages
 from gradwire_coordinator.schedules import Programs
+from gradwire_coordinator.tensor.sharded_model import ShardedModel
 from gradwire_protocol.program import BACKWARD, FORWARD, INPUT_GRADIENT
-from gradwire_protocol.v1 import run_pb2
+from gradwire_protocol.v1 import graph_pb2, run_pb2
 
 # Measurements of like links differ by less.
 _LIKE_LINKS = 2.0
@@ -37,7 +37,7 @@ class PartitionInputs:
 
     plan: run_pb2.Plan
     optimizer: OptimizerCosts
-    indexed: IndexedModel
+    sharded: ShardedModel
     costs: Sequence[NodeCosts]
     memory_bytes: Sequence[int]
     links: Links
@@ -54,16 +54,17 @@ class PartitionInputs:
 
     def problem(self, placement: Placement) -> PartitionProblem:
         """Return the problem of cutting the model for a placement."""
-        rows, index = self.costs[0].rows, self.indexed.train
+        rows, index = self.costs[0].rows, self.sharded.indexed.train
+        spread = self.sharded.spread.get(graph_pb2.GRAPH_KIND_TRAIN, {})
         programs = self.programs(placement)
         last = len(index.graph.nodes) - 1
         rates, delays = _rates(self.links, len(self.costs))
         return PartitionProblem(
             seconds=np.stack([each.seconds() for each in self.costs]),
             forward_seconds=np.stack([each.forward for each in self.costs]),
-            cuts=index.usable_cuts(self.indexed.mutated),
+            cuts=index.usable_cuts(self.sharded.indexed.mutated),
             placement=placement,
-            values=travelling_values(index, rows),
+            values=travelling_values(index, rows, spread, self.sharded.shards),
             inputs=[
                 TravellingValue(0, tuple(min(position, last) for position in read), value_bytes(entry.spec, rows), 0)
                 for name, entry in index.inputs.items()
@@ -97,20 +98,22 @@ class PartitionInputs:
                 smaller = _of(self._smaller(count), placement)
                 remedy = f"use {count * plan.replicas} micro-batches"
                 found.append(Alternative("smaller micro-batches", remedy, smaller))
-        pieces = len(self.indexed.train.usable_cuts(self.indexed.mutated)) + 1
+        indexed = self.sharded.indexed
+        pieces = len(indexed.train.usable_cuts(indexed.mutated)) + 1
         for stages in dict.fromkeys([plan.stages + 1, *(factor * plan.stages for factor in _FACTORS)]):
             if stages * plan.virtual_stages <= pieces:
                 places = placements(plan.schedule, stages, plan.virtual_stages)[0]
-                more = (stages - plan.stages) * plan.replicas
+                more = (stages - plan.stages) * plan.replicas * self.sharded.shards
                 remedy = f"use {stages} stages, on {more} more such server{'s' if more > 1 else ''}"
                 found.append(Alternative("more stages", remedy, _of(self._on_more(stages), places)))
         return found
 
     def _tensors(self, last: int) -> list[HeldTensor]:
         found = []
-        for name, positions in self.indexed.train.tensor_positions().items():
+        indexed = self.sharded.indexed
+        for name, positions in indexed.train.tensor_positions().items():
             if positions:
-                held = self.optimizer.held([self.indexed.tensors[name]])
+                held = self.optimizer.held([indexed.tensors[name]])
                 read = tuple(dict.fromkeys(min(position, last) for position in positions))
                 found.append(HeldTensor(read, held.weights, held.gradients, held.optimizer))
         return found

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from gradwire_coordinator.boundaries import Links, needs_links
 from gradwire_coordinator.candidates import AUTO, Choice, choose
 from gradwire_coordinator.cost_book import LEAST_SECONDS, CostBook
-from gradwire_coordinator.costs import ESTIMATED, MEASURED, DeviceMake, NodeCosts, device_rates
+from gradwire_coordinator.costs import ESTIMATED, MEASURED, DeviceMake, NodeCosts, device_rates, trained_tensors
+from gradwire_coordinator.group_costs import GroupLink, exchanges, group_links, with_exchanges
 from gradwire_coordinator.link_rates import LinkBook
-from gradwire_coordinator.model_checks import IndexedModel
 from gradwire_coordinator.placement import neighbours
 from gradwire_coordinator.prediction import predict, timeline
 from gradwire_coordinator.programs import ChosenSchedule
@@ -30,8 +30,12 @@ from gradwire_coordinator.replica_groups import (
     ring_neighbours,
 )
 from gradwire_coordinator.simulator import simulate
+from gradwire_coordinator.tensor.sharded_model import ShardedModel
+from gradwire_coordinator.tensor_groups import Unit, inner_links, unit_memory
+from gradwire_coordinator.transport_choice import Transport, choose_transport
 from gradwire_coordinator.ways import CutModel, Servers, allowed_placements, possible_ways
 from gradwire_protocol.dealing import deal
+from gradwire_protocol.errors import PlanError, Unreachable
 from gradwire_protocol.v1 import coordinator_pb2, run_pb2
 
 # Unlike servers of which every pair is measured: with more it takes too long, and the order as given is tried.
@@ -42,15 +46,24 @@ _MOST_PAIRED = 8
 class PlannedRun:
     """What is carried out."""
 
-    # By position, one replica after the other.
-    servers: Sequence[Server]
+    sharded: ShardedModel
+    # By position, one replica after the other: the servers of its shards.
+    units: Sequence[Unit]
+    # Of what shards and replicas add up.
+    transport: Transport
     # Of each replica: its share of a step's micro-batches; and how many one of them is expected to take, at most.
     shares: Sequence[float]
     micro_batches: int
     cut: CutModel
     schedule: ChosenSchedule
     prediction: coordinator_pb2.Prediction
+    # By position, of every shard.
     timeline: list[coordinator_pb2.ServerTimeline]
+
+    @property
+    def servers(self) -> list[Server]:
+        """By replica, position and shard."""
+        return [server for unit in self.units for server in unit]
 
 
 class Planner:
@@ -60,23 +73,53 @@ class Planner:
         self._links = links
         self._costs = costs
 
-    def measure(self, plan: run_pb2.Plan, indexed: IndexedModel, servers: Sequence[Server]) -> Servers:
-        """Return what is known of servers, which must be free for this run, after measuring what it depends on.
+    def measure(self, plan: run_pb2.Plan, sharded: ShardedModel, units: Sequence[Unit]) -> Servers:
+        """Return what is known of tensor groups, whose servers must be free, after measuring what the run depends on.
 
         Links are left out where a step is over so soon that they do not matter, unless the plan needs them.
         """
-        costs = self._costs.of(indexed, plan, servers)
+        # Between stages, and for what a group computes, its first server stands for all.
+        servers = [unit[0] for unit in units]
+        costs = self._costs.of(sharded.indexed, plan, servers)
         shortest = min(float(each.seconds().sum()) for each in costs)
-        matters = len(servers) > 1 and (_source(costs) == MEASURED or shortest >= LEAST_SECONDS)
-        devices = [server.device for server in servers]
-        memory_bytes = [device.memory_bytes for device in devices]
+        several = len(units) * sharded.shards > 1
+        measures = (several and (_source(costs) == MEASURED or shortest >= LEAST_SECONDS)) or needs_links(plan)
+        within = self._measure_groups(units) if sharded.shards > 1 else []
+        if within:
+            trained = trained_tensors(sharded.indexed.tensors)
+            found = exchanges(sharded.indexed.train, trained, costs[0].rows, sharded.shards)
+            costs = [with_exchanges(each, found, link) for each, link in zip(costs, within, strict=True)]
+        memory_bytes = [unit_memory(unit) for unit in units]
         groups = replica_groups(plan, costs, memory_bytes)
         return Servers(
-            rates=device_rates(devices),
+            rates=device_rates([server.device for server in servers]),
             memory_bytes=memory_bytes,
             costs=costs,
-            links=self._measure_links(plan, servers, groups) if matters or needs_links(plan) else {},
+            links=self._measure_links(plan, servers, groups) if measures else {},
+            groups=within,
         )
+
+    def _measure_groups(self, units: Sequence[Unit]) -> list[GroupLink]:
+        """Return how fast the links within tensor groups are; PlanError where servers do not reach each other.
+
+        Always, for in the middle of a step nothing would say so before the step's limit.
+        """
+        of_units = [inner_links(unit) for unit in units]
+        ends = [link for links in of_units for link in links]
+        rates = self._links.rates(ends)
+        for (first, second), rate in zip(ends, rates, strict=True):
+            if isinstance(rate, Unreachable):
+                if f"at {first}" in rate.message:
+                    # Not even this service reaches it: others may take its place.
+                    raise rate
+                raise PlanError(
+                    f"The servers at {first} and {second} are to share a stage, but cannot reach each other",
+                    expected="servers that reach each other at the addresses that they advertise",
+                    got=rate.message,
+                    remedy="start servers with --advertise addresses that the others can dial, or plan with tensor=1",
+                ) from rate
+        found = iter(rates)
+        return group_links(len(units[0]), [list(itertools.islice(found, len(links))) for links in of_units])
 
     def _measure_links(self, plan: run_pb2.Plan, servers: Sequence[Server], groups: Groups) -> Links:
         """Return how fast the links are that neighbouring stages may use: all, where the order is to be found.
@@ -95,24 +138,26 @@ class Planner:
 
 
 def plan_run(
-    request: coordinator_pb2.CreateRunRequest, indexed: IndexedModel, servers: Sequence[Server], known: Servers
+    request: coordinator_pb2.CreateRunRequest, sharded: ShardedModel, units: Sequence[Unit], known: Servers
 ) -> PlannedRun:
-    """Return the cut and the schedule for these servers, of which this is known; PlanError, ModelError.
+    """Return the cut and the schedule for these tensor groups, of which this is known; PlanError, ModelError.
 
     All replicas get the same ones: those of a pipeline that is nowhere faster than its slowest replica.
     """
     groups = replica_groups(request.plan, known.costs, known.memory_bytes)
     plan = pipeline_plan(request.plan)
-    ways = possible_ways(plan, request.optimizer, indexed, joint_servers(groups, known))
+    ways = possible_ways(plan, request.optimizer, sharded, joint_servers(groups, known))
     # A batch may have fewer rows than the plan has micro-batches.
     micro_batches = min(plan.micro_batches, plan.expected_rows)
     choice = choose(plan.schedule, [each.way for each in ways], micro_batches)
     cut = next(each for each in ways if each.way is choice.chosen.way)
-    replicas = [[servers[group[device]] for device in cut.devices] for group in groups]
+    replicas = [[units[group[device]] for device in cut.devices] for group in groups]
     prediction = predict(choice, replicas, cut.state, cut.servers.links, micro_batches, _source(known.costs), cut.gap)
     schedule = _schedule(choice)
     return PlannedRun(
-        servers=[server for replica in replicas for server in replica],
+        sharded=sharded,
+        units=[unit for replica in replicas for unit in replica],
+        transport=choose_transport(request.plan, cut.sharing, replicas),
         shares=_shares(request.plan, groups, known, cut, schedule),
         micro_batches=micro_batches,
         cut=cut,

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from gradwire_coordinator.boundaries import ASSUMED_LINK, Links, link_between
 from gradwire_coordinator.candidates import Choice, Considered
 from gradwire_coordinator.placement import Placement, hosted
-from gradwire_coordinator.registry import Server
 from gradwire_coordinator.simulator import Simulation
+from gradwire_coordinator.tensor_groups import Unit
 from gradwire_protocol.errors import GradwireError
 from gradwire_protocol.optimizer_state import StateBytes
 from gradwire_protocol.program import action_to_proto
@@ -24,7 +24,7 @@ _MOST_ACTIONS = 50_000
 
 def predict(
     choice: Choice,
-    replicas: Sequence[Sequence[Server]],
+    replicas: Sequence[Sequence[Unit]],
     state: Sequence[StateBytes],
     links: Links,
     micro_batches: int,
@@ -33,11 +33,12 @@ def predict(
 ) -> pb.Prediction:
     """Return what is expected of a step with so many micro-batches for each replica.
 
-    replicas: the servers of each by position, of which all are expected to do the same. state: by position, that of the
-    chosen way.
+    replicas: the tensor groups of each by position, of which all servers are expected to do the same. state: by
+    position, that of the chosen way.
     """
     simulation = choice.chosen.candidate.simulation
     costs = choice.chosen.way.costs
+    copies = len(replicas) * len(replicas[0][0])
     return pb.Prediction(
         seconds=simulation.seconds,
         bubble_ratio=simulation.bubble_ratio,
@@ -55,13 +56,15 @@ def predict(
                 optimizer_bytes=held.optimizer,
                 activation_bytes=choice.chosen.peak_bytes[position] - held.total,
                 replica=replica,
+                shard=shard,
             )
-            for replica, servers in enumerate(replicas)
-            for position, (server, stages, held) in enumerate(zip(servers, hosted(costs.placement), state, strict=True))
+            for replica, units in enumerate(replicas)
+            for position, (unit, stages, held) in enumerate(zip(units, hosted(costs.placement), state, strict=True))
+            for shard, server in enumerate(unit)
         ],
         links=_links(costs.placement, links),
         candidates=[
-            _candidate(item, len(replicas), micro_batches, chosen=item is choice.chosen) for item in choice.considered
+            _candidate(item, copies, micro_batches, chosen=item is choice.chosen) for item in choice.considered
         ],
         reason=choice.reason,
         cost_source=cost_source,
@@ -104,7 +107,8 @@ def _links(placement: Placement, links: Links) -> list[pb.LinkPrediction]:
     return made
 
 
-def _candidate(item: Considered, replicas: int, micro_batches: int, *, chosen: bool) -> pb.PlanCandidate:
+def _candidate(item: Considered, copies: int, micro_batches: int, *, chosen: bool) -> pb.PlanCandidate:
+    """copies: servers at each position, of all replicas and shards."""
     simulation = item.candidate.simulation
     return pb.PlanCandidate(
         schedule=item.schedule,
@@ -114,7 +118,7 @@ def _candidate(item: Considered, replicas: int, micro_batches: int, *, chosen: b
         seconds=simulation.seconds,
         bubble_ratio=simulation.bubble_ratio,
         peak_bytes=item.peak_bytes,
-        traffic_bytes=replicas * (item.way.traffic_bytes * micro_batches + item.way.exchange_bytes),
+        traffic_bytes=copies * (item.way.traffic_bytes * micro_batches + item.way.exchange_bytes),
         fits=item.candidate.fits,
         chosen=chosen,
         split_backwards=item.candidate.split_backwards,

@@ -122,15 +122,18 @@ class ProgramBook:
         tied_servers: Collection[int],
         active_stages: Mapping[graph_pb2.GraphKind, Collection[int]],
         replicas: int = 1,
+        shards: int = 1,
         sharing: Sharing | None = None,
     ) -> None:
         """tied_servers: positions of those that hold a copy of a trained parameter that another server holds too.
 
-        active_stages: for each graph the stages that have a segment of it; the others have no actions there.
+        active_stages: for each graph the stages that have a segment of it; the others have no actions there. shards:
+        servers of each position in each replica, which all run the same.
         """
         self._schedule = schedule
         self._tied_servers = frozenset(tied_servers)
         self._replicas = replicas
+        self._shards = shards
         several = sharing if replicas > 1 else None
         # Replicas agree in every step, or every so many steps.
         self._every = several.exchange.every if several is not None and several.exchange.is_local else None
@@ -141,7 +144,7 @@ class ProgramBook:
         self._forward = lru_cache(maxsize=64)(self._make_forward)
 
     def of_entry(self, entry: run_pb2.Entry) -> list[run_pb2.Program]:
-        """Return the program of each server for an entry: by position, one replica after the other; then the others."""
+        """Return the program of each server for an entry: by replica, position and shard; then of parameter servers."""
         kind = entry.WhichOneof("kind")
         if kind == "train_step":
             step = entry.train_step
@@ -151,6 +154,7 @@ class ProgramBook:
                 program
                 for own in self._dealt(step.micro_batches)
                 for program in self._train(own, with_norm=norm, averages=averages)
+                for _ in range(self._shards)
             ]
             kinds = (REDUCE, *((NORM,) if norm else ()), UPDATE, GATHER)
             update = program_to_proto([Action(0, kind, 0) for kind in kinds])
@@ -160,7 +164,8 @@ class ProgramBook:
         if kind == "predict":
             return self._forwards(graph_pb2.GRAPH_KIND_PREDICT, entry.predict.micro_batches)
         if kind in ("load_state", "fetch_state", "save_state", "new_plan"):
-            return [run_pb2.Program() for _ in range(self._schedule.servers * self._replicas + self._parameter_servers)]
+            grid = self._replicas * self._schedule.servers * self._shards
+            return [run_pb2.Program() for _ in range(grid + self._parameter_servers)]
         raise FrameError("An entry of no kind", expected="a step, an evaluation, …", got=f"entry {entry.number}")
 
     def _dealt(self, parts: Sequence[run_pb2.MicroBatch]) -> list[tuple[int, ...]]:
@@ -171,7 +176,7 @@ class ProgramBook:
         return [tuple(indices) for indices in own]
 
     def _make_train(self, micro_batches: tuple[int, ...], *, with_norm: bool, averages: bool) -> list[run_pb2.Program]:
-        """Return the programs of one replica. Without a micro-batch it still takes part in what ends the step."""
+        """Return the programs of one replica, by position. Without a micro-batch they have what ends the step."""
         programs = self._schedule.programs(len(micro_batches)) if micro_batches else [()] * self._schedule.servers
         found = []
         for server, program in enumerate(programs):
@@ -188,7 +193,9 @@ class ProgramBook:
         return found
 
     def _forwards(self, graph: graph_pb2.GraphKind, parts: Sequence[run_pb2.MicroBatch]) -> list[run_pb2.Program]:
-        programs = [program for own in self._dealt(parts) for program in self._forward(graph, own)]
+        programs = [
+            program for own in self._dealt(parts) for program in self._forward(graph, own) for _ in range(self._shards)
+        ]
         return [*programs, *(run_pb2.Program() for _ in range(self._parameter_servers))]
 
     def _make_forward(self, graph: graph_pb2.GraphKind, micro_batches: tuple[int, ...]) -> list[run_pb2.Program]:

@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 from gradwire_coordinator.custom_operators import can_run, cannot_run, read_operators
 from gradwire_protocol.channels import parse_address
-from gradwire_protocol.errors import LimitExceeded, PlanError, RunNotFound, SettingsError
+from gradwire_protocol.errors import LimitExceeded, NotAllowed, PlanError, RunNotFound, SettingsError
 from gradwire_protocol.v1 import coordinator_pb2, stage_pb2
 
 MAXIMUM_SERVERS = 4096
@@ -44,6 +44,8 @@ class Server:
     operators: Mapping[str, str] = field(default_factory=dict)
     # The run that has reserved it; empty: free.
     run: str = ""
+    # The name in the certificate that it registered with; empty: plaintext.
+    holder: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,12 @@ class ServerStanding:
 
 # Of a role: what its servers are called in a plan and elsewhere, what starts one, and what takes fewer of them.
 _WORDS = {
-    coordinator_pb2.SERVER_ROLE_STAGE: ("servers", "stage server", "gradwire-stage-server", "stages or replicas"),
+    coordinator_pb2.SERVER_ROLE_STAGE: (
+        "servers",
+        "stage server",
+        "gradwire-stage-server",
+        "stages, replicas or tensor-parallel servers",
+    ),
     coordinator_pb2.SERVER_ROLE_PARAMETER: (
         "parameter servers",
         "parameter server",
@@ -86,12 +93,16 @@ class Registry:
         self._lock = threading.Lock()
         self._servers: dict[str, Server] = {}
 
-    def register(self, request: coordinator_pb2.RegisterRequest) -> tuple[coordinator_pb2.RegisterReply, Server | None]:
+    def register(
+        self, request: coordinator_pb2.RegisterRequest, holder: str = ""
+    ) -> tuple[coordinator_pb2.RegisterReply, Server | None]:
         """Take a server in; return its terms, and the registration that it replaces, if any.
 
-        A server that registers anew has lost its state: the run that held the old one has lost a stage.
+        A server that registers anew has lost its state: the run that held the old one has lost a stage. holder: the
+        name in its certificate. NotAllowed if the identifier is held by another one's.
         """
         _check_registration(request)
+        self.check_holder(request.server, holder)
         now = self._clock()
         server = Server(
             server=request.server,
@@ -104,6 +115,7 @@ class Registry:
             progressed_at=now,
             client_progressed_at=now,
             operators=read_operators(request.operators, f"Server {request.server}", SettingsError),
+            holder=holder,
         )
         with self._lock:
             replaced = self._servers.pop(server.server, None)
@@ -114,6 +126,18 @@ class Registry:
             lease_seconds=self._lease_seconds, heartbeat_seconds=self._heartbeat_seconds
         )
         return reply, replaced
+
+    def check_holder(self, identifier: str, holder: str) -> None:
+        """Raise NotAllowed if a server was registered with another certificate's name than this."""
+        with self._lock:
+            server = self._servers.get(identifier)
+        if server is not None and server.holder != holder:
+            raise NotAllowed(
+                f"Server {identifier} is registered with another certificate",
+                expected=f"a certificate for {server.holder!r}",
+                got=f"one for {holder!r}",
+                remedy="give each server an identifier of its own, with --server",
+            )
 
     def heartbeat(self, identifier: str, activity: stage_pb2.Activity) -> None:
         """Renew a lease; RunNotFound tells a server that it must register again."""

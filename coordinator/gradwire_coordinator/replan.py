@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 from gradwire_coordinator.costs import MEASURED, NodeCosts
 from gradwire_coordinator.layout import Layout
-from gradwire_coordinator.model_checks import IndexedModel
 from gradwire_coordinator.planner import PlannedRun, plan_run
 from gradwire_coordinator.ways import Servers
 from gradwire_protocol.errors import PlanError
@@ -44,7 +43,6 @@ class Basis:
     """What a run is planned from, and what the steps of its present layout have taken: by position, for each step."""
 
     request: pb.CreateRunRequest
-    indexed: IndexedModel
     planned: PlannedRun
     layout: Layout
     steps: deque[list[Work]] = field(default_factory=lambda: deque(maxlen=_MOST_STEPS))
@@ -88,6 +86,13 @@ def plan_anew(basis: Basis) -> NewLayout:
             got=f"{basis.request.plan.replicas} replicas; the run goes on as it is laid out",
             remedy="save a checkpoint, and load it into a new run, which is planned from the present speeds",
         )
+    if basis.request.plan.tensor > 1:
+        raise PlanError(
+            "A run with tensor-parallel servers cannot be planned anew by this version",
+            expected="1 server a stage",
+            got=f"{basis.request.plan.tensor}; the run goes on as it is laid out",
+            remedy="save a checkpoint, and load it into a new run, which is planned from the present speeds",
+        )
     if not basis.steps:
         raise PlanError(
             "No training step of this layout was measured, so there is nothing to plan anew from",
@@ -98,8 +103,8 @@ def plan_anew(basis: Basis) -> NewLayout:
     present = _changed(basis.request, planned.cut.way.cuts, planned.schedule.name)
     # The user's own cuts do not hold any more; the kind of schedule does.
     free = _changed(basis.request, (), basis.request.plan.schedule)
-    before = plan_run(present, basis.indexed, planned.servers, known)
-    after = plan_run(free, basis.indexed, planned.servers, known)
+    before = plan_run(present, planned.sharded, planned.units, known)
+    after = plan_run(free, planned.sharded, planned.units, known)
     return NewLayout(
         planned=after,
         seconds_before=before.prediction.seconds,

@@ -54,13 +54,13 @@ class Replanner:
             reply = pb.ReplanReply(seconds_before=found.seconds_before, seconds_after=found.seconds_after)
             if not found.pays(minimum_gain):
                 return reply
-            layout = lay_out(run.run, run.generation + 1, basis.request, basis.indexed, found.planned)
+            layout = lay_out(run.run, run.generation + 1, basis.request, found.planned)
             for server in layout.prepare:
                 server.takes_over = True
             replies = run.switch(run.generation + 1, layout)
             entry = new_plan(found.planned, basis.layout, layout, replies)
             run.expect(entry)
-            self.keep(run.run, Basis(basis.request, basis.indexed, found.planned, layout))
+            self.keep(run.run, Basis(basis.request, found.planned, layout))
         _log.info(
             "run planned anew",
             run=run.run,

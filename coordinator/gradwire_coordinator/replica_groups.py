@@ -20,6 +20,7 @@ from gradwire_coordinator.costs import (
     rows_per_micro_batch,
 )
 from gradwire_coordinator.exchange_costs import Ring
+from gradwire_coordinator.group_costs import slowest_group
 from gradwire_coordinator.link_rates import LinkRate
 from gradwire_coordinator.measured_costs import ActionSeconds
 from gradwire_coordinator.placement import Placement
@@ -69,6 +70,7 @@ def joint_servers(groups: Groups, known: Servers) -> Servers:
         costs=[_slowest_costs([known.costs[server] for server in own]) for own in positions],
         links=_joint_links(groups, known.links),
         rings=[_ring(own, known.links) for own in positions],
+        groups=[slowest_group([known.groups[server] for server in own]) for own in positions] if known.groups else (),
         order_is_fixed=known.order_is_fixed,
     )
 

@@ -96,9 +96,12 @@ class Run:
             Link(position, self.places[server.server], server.server, server.address, self._context.connect)
             for position, server in enumerate(servers)
         ]
-        self._window = Window([server.server for server in servers], loss_from=layout.loss_from)
+        self._window = Window(
+            [server.server for server in servers], loss_from=layout.loss_from, loss_copies=layout.loss_copies
+        )
         self._watch = StallWatch(self.run, self.generation, self._plan, servers, layout.places, self._context.standing)
-        # One replica, whose state is that of all, and those who have the optimizer.
+        # One replica, whose state is that of all: of it the first shards, who get what the others have; and those who
+        # have the optimizer.
         writers = {link.position: Writer(link.place.stages[0], link.target) for link in self._links if link.place.leads}
         self._saves = RunSaves(self._context.checkpoints, writers, self._on_save_done)
 

@@ -6,8 +6,9 @@ Pure. Leaves to others: choosing the train graph's cuts (`partition.py`), and wh
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -50,11 +51,18 @@ class Segments:
         return frozenset(server for servers in holders if len(servers) > 1 for server in servers)
 
 
-def make_segments(indexed: IndexedModel, train_cuts: Sequence[int], rows: int, rates: Rates) -> Segments:
+def make_segments(
+    indexed: IndexedModel,
+    train_cuts: Sequence[int],
+    rows: int,
+    rates: Rates,
+    spread: Mapping[graph_pb2.GraphKind, Mapping[str, int]] = MappingProxyType({}),
+) -> Segments:
     """Cut all graphs of a model, the train graph at `train_cuts`, the others where their tensors are.
 
-    `rows` of a micro-batch and `rates` of a typical device weigh what is left open. ModelError if a value crosses a cut
-    that cannot travel; PlanError if a buffer that changes would be read by two stages.
+    `rows` of a micro-batch and `rates` of a typical device weigh what is left open. `spread`: by graph, the values of
+    which each shard sends a part only, with the dimension. ModelError if a value crosses a cut that cannot travel;
+    PlanError if a buffer that changes would be read by two stages.
     """
     stages = len(train_cuts) + 1
     holders: dict[str, set[int]] = {}
@@ -75,7 +83,8 @@ def make_segments(indexed: IndexedModel, train_cuts: Sequence[int], rows: int, r
                 stages,
                 _distance(index, shares, rows, rates),
             )
-        cut = _Cut(index, cuts[kind], indexed.model.loss_form, holders, learned_values(index, parameters))
+        learned = learned_values(index, parameters)
+        cut = _Cut(index, cuts[kind], indexed.model.loss_form, holders, learned, spread.get(kind, {}))
         for stage in range(stages):
             segment = cut.segment(stage)
             if segment is not None:
@@ -98,8 +107,10 @@ class _Cut:
         loss_form: graph_pb2.LossForm,
         holders: dict[str, set[int]],
         learned: frozenset[str],
+        spread: Mapping[str, int],
     ) -> None:
         self._index = index
+        self._spread = spread
         self._learned = learned
         self._cuts = cuts
         self._last = len(cuts)
@@ -166,7 +177,10 @@ class _Cut:
             ],
             outgoing=[
                 stage_pb2.OutgoingValue(
-                    value=node.name, consumer_stages=consumers, exact=node.name not in self._learned
+                    value=node.name,
+                    consumer_stages=consumers,
+                    exact=node.name not in self._learned,
+                    spread_dimension=self._spread.get(node.name),
                 )
                 for node in nodes
                 if (consumers := self._consumers(node.name, stage))
@@ -197,7 +211,10 @@ class _Cut:
         consumers = self._consumers(value, producer)
         place = consumers.index(stage)
         incoming = stage_pb2.IncomingValue(
-            value=value, producer_stage=producer, gradient_to_stage=consumers[place - 1] if place else producer
+            value=value,
+            producer_stage=producer,
+            gradient_to_stage=consumers[place - 1] if place else producer,
+            spread_dimension=self._spread.get(value),
         )
         if place + 1 < len(consumers):
             incoming.gradient_from_stage = consumers[place + 1]

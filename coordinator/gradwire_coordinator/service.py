@@ -20,11 +20,12 @@ import grpc
 import structlog
 
 from gradwire_coordinator.cost_book import CostBook
+from gradwire_coordinator.identity import check_identity
 from gradwire_coordinator.layout import Layout, lay_out
 from gradwire_coordinator.link_rates import LinkBook
 from gradwire_coordinator.log import RunLog
 from gradwire_coordinator.metrics import Metrics
-from gradwire_coordinator.model_checks import IndexedModel, check_model, check_optimizer, check_plan
+from gradwire_coordinator.model_checks import check_model, check_optimizer, check_plan
 from gradwire_coordinator.partition import check_stage_count
 from gradwire_coordinator.plan_summary import summarise
 from gradwire_coordinator.planner import Planner, plan_run
@@ -35,8 +36,12 @@ from gradwire_coordinator.run import Run
 from gradwire_coordinator.run_context import RunContext
 from gradwire_coordinator.sharing import Sharing
 from gradwire_coordinator.stored import inspect
+from gradwire_coordinator.tensor.sharded_model import ShardedModel, shard_model
+from gradwire_coordinator.tensor_checks import check_whole_parameters, stage_servers
+from gradwire_coordinator.tensor_groups import make_units
 from gradwire_protocol.checkpoint.root import CheckpointRoot
 from gradwire_protocol.errors import FrameError, PlanError, RunNotFound, Unreachable
+from gradwire_protocol.peer_roles import Peer
 from gradwire_protocol.v1 import coordinator_pb2 as pb
 from gradwire_protocol.v1 import coordinator_pb2_grpc, run_pb2
 
@@ -110,7 +115,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
     # Servers.
 
     def Register(self, request: pb.RegisterRequest, context: Any) -> pb.RegisterReply:
-        reply, replaced = self._registry.register(request)
+        reply, replaced = self._registry.register(request, check_identity(Peer.of(context), request))
         _log.info("server registered", server=request.server, address=request.address)
         if replaced is not None:
             self._lost(replaced, "it registered again, so its process was restarted")
@@ -118,10 +123,12 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         return reply
 
     def Heartbeat(self, request: pb.HeartbeatRequest, context: Any) -> pb.HeartbeatReply:
+        self._registry.check_holder(request.server, _holder(context))
         self._registry.heartbeat(request.server, request.activity)
         return pb.HeartbeatReply()
 
     def Deregister(self, request: pb.DeregisterRequest, context: Any) -> pb.DeregisterReply:
+        self._registry.check_holder(request.server, _holder(context))
         server = self._registry.deregister(request.server)
         if server is not None:
             _log.info("server left", server=server.server)
@@ -132,8 +139,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
     # Runs.
 
     def CreateRun(self, request: pb.CreateRunRequest, context: Any) -> pb.CreateRunReply:
-        indexed = _checked(request)
-        run, layout = self._create_run(request, indexed, context)
+        run, layout = self._create_run(request, _checked(request), context)
         if self._closed.is_set() or not context.is_active():
             run.end("its client went away while it was prepared")
         self._count_runs()
@@ -147,23 +153,24 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         )
 
     def Plan(self, request: pb.CreateRunRequest, context: Any) -> pb.PlanReply:
-        indexed = _checked(request)
+        sharded = _checked(request)
         name = f"plan-{uuid.uuid4().hex[:12]}"
-        servers = self._registry.reserve(name, request.plan.stages * request.plan.replicas, indexed.operators)
+        servers = self._registry.reserve(name, stage_servers(request.plan), sharded.indexed.operators)
         try:
-            known = self._planner.measure(request.plan, indexed, servers)
+            units = make_units(servers, request.plan.tensor)
+            known = self._planner.measure(request.plan, sharded, units)
         finally:
             self._registry.release(name)
-        planned = plan_run(request, indexed, servers, known)
+        planned = plan_run(request, sharded, units, known)
         return pb.PlanReply(plan=summarise(request.plan, planned), timeline=planned.timeline)
 
-    def _create_run(self, request: pb.CreateRunRequest, indexed: IndexedModel, context: Any) -> tuple[Run, Layout]:
+    def _create_run(self, request: pb.CreateRunRequest, sharded: ShardedModel, context: Any) -> tuple[Run, Layout]:
         """Create a run, with other servers if some do not answer and there are others."""
         attempt = 1
         silent: Unreachable | None = None
         while True:
             try:
-                return self._try_create_run(request, indexed)
+                return self._try_create_run(request, sharded)
             except Unreachable as error:
                 _log.warning("server did not answer", error=str(error))
                 if attempt == _ATTEMPTS or not context.is_active():
@@ -175,24 +182,25 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
                 # Too few are left because some do not answer.
                 raise silent from error
 
-    def _try_create_run(self, request: pb.CreateRunRequest, indexed: IndexedModel) -> tuple[Run, Layout]:
+    def _try_create_run(self, request: pb.CreateRunRequest, sharded: ShardedModel) -> tuple[Run, Layout]:
         name = f"run-{uuid.uuid4().hex[:12]}"
-        servers = self._registry.reserve(name, request.plan.stages * request.plan.replicas, indexed.operators)
+        servers = self._registry.reserve(name, stage_servers(request.plan), sharded.indexed.operators)
         try:
+            units = make_units(servers, request.plan.tensor)
             helpers = self._registry.reserve(
                 name,
                 Sharing.of(request.plan, request.optimizer.name).parameter_servers,
                 role=pb.SERVER_ROLE_PARAMETER,
             )
-            planned = plan_run(request, indexed, servers, self._planner.measure(request.plan, indexed, servers))
-            layout = lay_out(name, _FIRST_GENERATION, request, indexed, planned, helpers)
+            planned = plan_run(request, sharded, units, self._planner.measure(request.plan, sharded, units))
+            layout = lay_out(name, _FIRST_GENERATION, request, planned, helpers)
             run = Run(name, _FIRST_GENERATION, request, layout, self._context)
         except BaseException:
             self._registry.release(name)
             raise
         with self._lock:
             self._runs[name] = run
-        self._replanner.keep(name, Basis(request, indexed, planned, layout))
+        self._replanner.keep(name, Basis(request, planned, layout))
         run.prepare(request, layout.prepare)
         return run, layout
 
@@ -320,13 +328,22 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         self._metrics.count_runs(states)
 
 
-def _checked(request: pb.CreateRunRequest) -> IndexedModel:
+def _holder(context: Any) -> str:
+    """Return the name in the caller's certificate, empty for plaintext."""
+    peer = Peer.of(context)
+    return "" if peer is None else peer.name
+
+
+def _checked(request: pb.CreateRunRequest) -> ShardedModel:
     """Return the model of a request that can be planned; the typed error of the first thing that is wrong with it."""
     check_plan(request.plan)
     indexed = check_model(request.model)
     check_optimizer(request.optimizer, indexed.tensors)
-    check_stage_count(request.plan.stages * request.plan.virtual_stages, indexed.train.usable_cuts(indexed.mutated))
-    return indexed
+    sharded = shard_model(indexed, request.plan)
+    check_whole_parameters(request.optimizer, sharded.indexed.tensors)
+    cuts = sharded.indexed.train.usable_cuts(sharded.indexed.mutated)
+    check_stage_count(request.plan.stages * request.plan.virtual_stages, cuts)
+    return sharded
 
 
 def _follow(run: Run, requests: Iterator[pb.DriveRequest], context: Any) -> None:

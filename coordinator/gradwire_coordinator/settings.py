@@ -11,8 +11,8 @@ from typing import Any
 from pydantic import DirectoryPath, Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from gradwire_protocol.channels import TlsFiles
 from gradwire_protocol.settings import Settings, load_settings, tls_files
+from gradwire_protocol.tls_files import TlsFiles
 
 
 class CoordinatorSettings(Settings):

@@ -9,6 +9,8 @@ from gradwire_protocol.exchange_state import ALONE, ExchangeState
 from gradwire_protocol.exchanges import Exchange, parse_exchange
 from gradwire_protocol.gradient_codecs import AUTO, GradientCodec, parse_compression
 from gradwire_protocol.optimizer_state import NEED_WHOLE_PARAMETERS
+from gradwire_protocol.transports import AUTO as ANY_TRANSPORT
+from gradwire_protocol.transports import DEVICE_OF_TORCHS, GRPC
 from gradwire_protocol.v1 import run_pb2, stage_pb2
 
 _ZERO = ("auto", "on", "off")
@@ -36,6 +38,8 @@ class Sharing:
     # Whether the codec is still to be chosen (`exchange_costs.choose_codec`); and why it was, if it was left open.
     codec_is_open: bool
     codec_reason: str
+    # Which of torch's backends makes the sums of replicas; empty: they go as messages.
+    sums_by: str
     replicas: int
     # Among which the optimizer's state is spread.
     sharers: int
@@ -61,6 +65,14 @@ class Sharing:
                 got=repr(plan.compression[:80]),
                 remedy='use exchange="ring" for it',
             )
+        if exchange.has_servers and plan.transport in DEVICE_OF_TORCHS:
+            raise PlanError(
+                "What goes to parameter servers and comes from them goes as messages",
+                expected=f'transport="{ANY_TRANSPORT}" or "{GRPC}"',
+                got=f"transport={plan.transport!r} with exchange={plan.exchange[:80]!r}",
+                remedy='leave transport out, or use exchange="ring"',
+            )
+        by_torch = plan.transport in DEVICE_OF_TORCHS and plan.replicas > 1 and not codec.lossy
         obstacle = _obstacle(exchange, codec)
         if is_open and asked == "on":
             obstacle = "a compression that is left open"
@@ -74,6 +86,9 @@ class Sharing:
             shards, reason = False, ""
         elif asked == "auto" and not obstacle and optimizer in NEED_WHOLE_PARAMETERS:
             shards, reason = False, f"{optimizer} looks at whole matrices, whose owners would have unequal shares"
+        elif asked == "auto" and not obstacle and by_torch:
+            shards = False
+            reason = f"{plan.transport} adds up the whole at each replica, so that gathering would be traffic on top"
         elif asked == "off":
             shards, reason = False, "the plan does not want it"
         elif obstacle:
@@ -87,6 +102,7 @@ class Sharing:
             reason=reason,
             codec_is_open=is_open and chosen is None,
             codec_reason=chosen.reason if is_open and chosen is not None else "",
+            sums_by=plan.transport if by_torch else "",
             replicas=plan.replicas,
             sharers=plan.replicas if shards else 1,
         )

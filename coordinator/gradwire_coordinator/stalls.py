@@ -223,9 +223,9 @@ def _client(waiting: Standing, wait: stage_pb2.Wait, limit_seconds: float) -> St
 
 
 def _names(circle: Sequence[Standing]) -> str:
-    """Return "Stages 0, 1, 2", or "Stages 0, 3 and 1, 2"; of several replicas each server by its name."""
+    """Return "Stages 0, 1, 2", or "Stages 0, 3 and 1, 2"; of several replicas or shards each server by its name."""
     places = [server.place for server in circle]
-    if any(place.replicas > 1 for place in places):
+    if any(place.replicas > 1 or place.shards > 1 for place in places):
         return " and ".join(place.name for place in places).capitalize()
     several = any(len(place.stages) > 1 for place in places)
     return "Stages " + (" and " if several else ", ").join(", ".join(map(str, place.stages)) for place in places)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from gradwire_coordinator.boundaries import Boundaries, Links, asked_codecs
 from gradwire_coordinator.candidates import AUTO, Way
 from gradwire_coordinator.codec_choice import Choice
-from gradwire_coordinator.costs import NodeCosts, Rates
+from gradwire_coordinator.costs import NodeCosts, Rates, trained_tensors
 from gradwire_coordinator.exchange_costs import Ring, choose_codec, exchange_bytes, exchange_seconds
-from gradwire_coordinator.model_checks import IndexedModel
+from gradwire_coordinator.group_costs import GroupLink, exchanges, group_bytes, with_gathers
 from gradwire_coordinator.named_schedules import placements
 from gradwire_coordinator.optimizer_costs import OptimizerCosts
 from gradwire_coordinator.partition import check_cuts, find_partition
@@ -32,6 +32,7 @@ from gradwire_coordinator.step_costs import (
     step_costs,
     with_messages,
 )
+from gradwire_coordinator.tensor.sharded_model import ShardedModel
 from gradwire_protocol.errors import PlanError
 from gradwire_protocol.optimizer_state import StateBytes
 from gradwire_protocol.v1 import graph_pb2, run_pb2
@@ -39,7 +40,10 @@ from gradwire_protocol.v1 import graph_pb2, run_pb2
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Servers:
-    """What is known of the servers of a run, by position: speed, memory (0: not known), costs of nodes, and links."""
+    """What is known of the servers of a run, by position: speed, memory (0: not known), costs of nodes, and links.
+
+    Of a tensor group it is what is known of its first server, but the least memory of all, and costs with exchanges.
+    """
 
     rates: Sequence[Rates]
     memory_bytes: Sequence[int]
@@ -47,6 +51,8 @@ class Servers:
     links: Links
     # Of each position, with the servers of other replicas; empty: there are no others.
     rings: Sequence[Ring] = ()
+    # Of each position, within its tensor group; empty: there is one shard.
+    groups: Sequence[GroupLink] = ()
     # Whether each must stay at its position.
     order_is_fixed: bool = False
 
@@ -59,12 +65,13 @@ class Servers:
             costs=[self.costs[device] for device in devices],
             links={(position[a], position[b]): rate for (a, b), rate in self.links.items()},
             rings=[self.rings[device] for device in devices] if self.rings else (),
+            groups=[self.groups[device] for device in devices] if self.groups else (),
         )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CutModel:
-    """A model cut for a placement."""
+    """A model cut for a placement. Bytes and seconds are of one shard, and all shards have the same."""
 
     # What is known of the servers by their places in the pipeline, and by place: which of the given ones it is.
     servers: Servers
@@ -87,7 +94,7 @@ class CutModel:
 
 
 def possible_ways(
-    plan: run_pb2.Plan, optimizer: run_pb2.Optimizer, indexed: IndexedModel, servers: Servers
+    plan: run_pb2.Plan, optimizer: run_pb2.Optimizer, sharded: ShardedModel, servers: Servers
 ) -> list[CutModel]:
     """Return the model, cut for each placement that the plan allows and that fits, the fewest stages first.
 
@@ -97,7 +104,7 @@ def possible_ways(
     problem: PlanError | None = None
     for placement in allowed_placements(plan):
         try:
-            found.append(_cut(plan, optimizer, indexed, placement, servers))
+            found.append(_cut(plan, optimizer, sharded, placement, servers))
         except PlanError as error:
             problem = problem or error
     if problem is not None and not found:
@@ -116,23 +123,31 @@ def allowed_placements(plan: run_pb2.Plan) -> list[Placement]:
     return found if plan.schedule != AUTO or says_of_each or one_each in found else [one_each, *found]
 
 
+def _users_cuts(plan: run_pb2.Plan, sharded: ShardedModel, stages: int) -> tuple[int, ...]:
+    """Return where the user wants the graph to be cut, as positions in the sharded one; PlanError."""
+    usable = sharded.indexed.train.usable_cuts(sharded.indexed.mutated)
+    # Where several positions are one to the user, it stands for one of them.
+    of_users = [old for cut in usable if sharded.new_cut(old := sharded.old_cut(cut)) == cut]
+    return tuple(sharded.new_cut(cut) for cut in check_cuts(plan.cuts, stages, of_users))
+
+
 def _cut(
-    plan: run_pb2.Plan, optimizer: run_pb2.Optimizer, indexed: IndexedModel, placement: Placement, servers: Servers
+    plan: run_pb2.Plan, optimizer: run_pb2.Optimizer, sharded: ShardedModel, placement: Placement, servers: Servers
 ) -> CutModel:
+    indexed = sharded.indexed
     sharing = Sharing.of(plan, optimizer.name)
     optimizer_costs = OptimizerCosts(
         optimizer, sharing.sharers, elsewhere=sharing.exchange.has_servers, exchange=sharing.state
     )
     rows = servers.costs[0].rows
     if plan.cuts:
-        usable = indexed.train.usable_cuts(indexed.mutated)
-        cuts, devices = check_cuts(plan.cuts, len(placement), usable), tuple(range(plan.stages))
+        cuts, devices = _users_cuts(plan, sharded, len(placement)), tuple(range(plan.stages))
         gap = None
     else:
         inputs = PartitionInputs(
             plan=plan,
             optimizer=optimizer_costs,
-            indexed=indexed,
+            sharded=sharded,
             costs=servers.costs,
             memory_bytes=servers.memory_bytes,
             links=servers.links,
@@ -145,10 +160,10 @@ def _cut(
     programs = ChosenSchedule(plan.schedule, placement).programs(min(plan.micro_batches, plan.expected_rows))
     recomputes = recomputing_stages(programs) if plan.recompute else [False] * len(placement)
     of_nodes = [servers.costs[server] for server in placement]
-    segments = make_segments(indexed, cuts, rows, servers.rates[0])
+    segments = make_segments(indexed, cuts, rows, servers.rates[0], sharded.spread)
     train = segments.of_graph(graph_pb2.GRAPH_KIND_TRAIN)
     stages = stage_seconds(of_nodes, cuts, recomputes)
-    boundaries = Boundaries(indexed.train, train, placement, rows)
+    boundaries = Boundaries(indexed.train, train, placement, rows, sharded.shards)
     asked = asked_codecs(plan)[: len(placement) - 1]
     codecs = boundaries.choose(asked, programs, stages, servers.rates, servers.links)
     held = stage_bytes(indexed.train, train, of_nodes, cuts, recomputes)
@@ -163,11 +178,13 @@ def _cut(
     state = [optimizer_costs.held(own) for own in tensors]
     rebuilt = rebuilt_bytes(of_nodes, cuts, recomputes, placement)
     update = [optimizer_costs.update_seconds(own, rates) for own, rates in zip(tensors, servers.rates, strict=True)]
+    messages = with_gathers(with_messages(stages, of_nodes, placement), boundaries, placement, servers.groups)
+    in_groups = exchanges(indexed.train, trained_tensors(indexed.tensors), rows, sharded.shards)
     way = Way(
         cuts=tuple(cuts),
         costs=step_costs(
             placement,
-            boundaries.loaded(codecs, with_messages(stages, of_nodes, placement), servers.rates, servers.links),
+            boundaries.loaded(codecs, messages, servers.rates, servers.links),
             held,
             reduce=reduce_seconds(segments, placement, servers.links),
             update=update,
@@ -178,7 +195,8 @@ def _cut(
         traffic_bytes=sum(
             boundaries.leaving_bytes(segment, codecs) + boundaries.returned_bytes(segment, codecs)
             for segment in train.values()
-        ),
+        )
+        + group_bytes(in_groups, boundaries, servers.groups),
         exchange_bytes=exchange_bytes(servers.rings, sharing, tensors),
     )
     return CutModel(

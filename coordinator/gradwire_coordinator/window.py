@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from gradwire_protocol.errors import FrameError
 from gradwire_protocol.v1 import run_pb2
@@ -30,13 +31,21 @@ class _Open:
 class Window:
     """The entries that were dispatched and are not finished, oldest first."""
 
-    def __init__(self, servers: Sequence[str], *, loss_from: Mapping[int, int]) -> None:
+    def __init__(
+        self,
+        servers: Sequence[str],
+        *,
+        loss_from: Mapping[int, int],
+        loss_copies: Mapping[int, int] = MappingProxyType({}),
+    ) -> None:
         """servers: identifiers of the run's servers, by position.
 
         loss_from: positions of the last stage's servers, each with its replica, of whose micro-batches it has the loss.
+        loss_copies: likewise, of those that report the same losses again, as other shards do: these do not count.
         """
         self._servers = list(servers)
         self._loss_from = dict(loss_from)
+        self._reports_losses = {**loss_from, **loss_copies}
         self._open: deque[_Open] = deque()
         # When the oldest open entry became the oldest.
         self._oldest_since = -math.inf
@@ -74,7 +83,7 @@ class Window:
         owed = next((item for item in self._open if position not in item.reports), None)
         if owed is None:
             raise FrameError("A server reported an entry that it was not sent", got=f"entry {report.entry}")
-        _check(report, owed.entry, self._loss_from.get(position))
+        _check(report, owed.entry, self._reports_losses.get(position))
         owed.reports[position] = report
         owed.started_at = min(owed.started_at, max(owed.dispatched_at, self._idle_since[position]))
         self._idle_since[position] = now
@@ -84,13 +93,17 @@ class Window:
         self._open.popleft()
         self._oldest_since = now
         reports = [(server, owed.reports[place]) for place, server in enumerate(self._servers)]
-        return owed.entry, merge_reports(owed.entry, reports, now - owed.started_at)
+        losses = [part for place in self._loss_from for part in owed.reports[place].losses]
+        return owed.entry, merge_reports(owed.entry, reports, losses, now - owed.started_at)
 
 
 def merge_reports(
-    entry: run_pb2.Entry, reports: Sequence[tuple[str, run_pb2.EntryReport]], seconds: float
+    entry: run_pb2.Entry,
+    reports: Sequence[tuple[str, run_pb2.EntryReport]],
+    losses: Iterable[run_pb2.LossPart],
+    seconds: float,
 ) -> run_pb2.EntryResult:
-    """Return the result of an entry from (server, report) of all servers, by position.
+    """Return the result of an entry from (server, report) of all servers, by position, and each micro-batch's loss.
 
     The loss is the sum of the parts' sums, divided once by the sum of their weights, in micro-batch order; NaN where
     the weights add up to nothing, as torch has it for a batch that is masked out.
@@ -101,7 +114,7 @@ def merge_reports(
         weight_version=min(report.weight_version for _, report in reports),
         timings={server: report.timing for server, report in reports},
     )
-    parts = sorted((part for _, report in reports for part in report.losses), key=lambda part: part.micro_batch)
+    parts = sorted(losses, key=lambda part: part.micro_batch)
     if parts:
         result.weight = sum(part.weight for part in parts)
         result.loss = sum(part.sum for part in parts) / result.weight if result.weight else math.nan

@@ -33,7 +33,7 @@ class KeyParts(Protocol):
     @property
     def state(self) -> str: ...
     @property
-    def source_replica(self) -> int: ...
+    def source_member(self) -> int: ...
 
 
 def message_words(key: KeyParts) -> str:
@@ -57,13 +57,15 @@ def message_words(key: KeyParts) -> str:
         case pb.DIRECTION_MOVED:
             return f"tensor {key.value!r} {stage}"
         case pb.DIRECTION_NORM:
-            return f"sum of squared gradients {stage} of replica {key.source_replica}"
+            return f"sum of squared gradients {stage} of replica {key.source_member}"
         case pb.DIRECTION_WEIGHT:
-            return f"weight of the loss {stage} of replica {key.source_replica}"
+            return f"weight of the loss {stage} of replica {key.source_member}"
         case pb.DIRECTION_WEIGHTS:
             return f"weights of {key.value!r} from its parameter server"
         case pb.DIRECTION_REDUCE:
-            return f"part of the gradients ({key.value}) {stage} of replica {key.source_replica}"
+            return f"part of the gradients ({key.value}) {stage} of replica {key.source_member}"
+        case pb.DIRECTION_GROUP:
+            return f"part of micro-batch {key.micro_batch} ({key.value}) from shard {key.source_member} of its stage"
     return f"{key.value!r} {stage}"
 
 
@@ -147,35 +149,38 @@ def activity_words(
     return f"{text}, which is {doing_words(known)}"
 
 
-def stage_names(stages: Sequence[int], replica: int | None = None) -> str:
-    """Return "stage 2", or "stages 0, 4 of replica 1"; replica: None where there is only one."""
+def stage_names(stages: Sequence[int], replica: int | None = None, shard: int | None = None) -> str:
+    """Return "stage 2", or "stages 0, 4 (shard 1) of replica 1"; replica, shard: None where there is only one."""
     names = ("stage " if len(stages) == 1 else "stages ") + ", ".join(map(str, stages))
+    names += "" if shard is None else f" (shard {shard})"
     return names if replica is None else f"{names} of replica {replica}"
 
 
 def stage_lines(
     activities: Sequence[tuple[str, stage_pb2.Activity, float]],
     replica_of: Callable[[str], int | None] = lambda server: None,
+    shard_of: Callable[[str], int | None] = lambda server: None,
 ) -> dict[str, list[str]]:
     """Return a line for each server of each run, in the order of their stages, from (server, activity, age in seconds).
 
     "stage 2 has waited 4.1 s for the forward of micro-batch 7 from stage 1, which is encoding (1F7, entry 3)".
-    replica_of: of a server, where its run has several.
+    replica_of, shard_of: of a server, where its run has several.
     """
     of_run = sorted(
         (item for item in activities if item[1].run),
-        key=lambda item: (item[1].run, replica_of(item[0]) or 0, *list(item[1].stages)[:1]),
+        key=lambda item: (item[1].run, replica_of(item[0]) or 0, list(item[1].stages)[:1], shard_of(item[0]) or 0),
     )
     lines: dict[str, list[str]] = {}
     for run, group in itertools.groupby(of_run, key=lambda item: item[1].run):
         members = list(group)
         known = {server: activity for server, activity, _ in members}
         lines[run] = [
-            f"{_subject(activity, replica_of(server))} {activity_words(activity, known.get, age_seconds=age)}"
+            f"{_subject(activity, replica_of(server), shard_of(server))} "
+            f"{activity_words(activity, known.get, age_seconds=age)}"
             for server, activity, age in members
         ]
     return lines
 
 
-def _subject(activity: stage_pb2.Activity, replica: int | None) -> str:
-    return "parameter server" if activity.parameter_server else stage_names(activity.stages, replica)
+def _subject(activity: stage_pb2.Activity, replica: int | None, shard: int | None) -> str:
+    return "parameter server" if activity.parameter_server else stage_names(activity.stages, replica, shard)

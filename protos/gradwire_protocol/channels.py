@@ -1,19 +1,22 @@
 """Addresses, channels and credentials: how services reach each other, and when plaintext is allowed.
 
-Plaintext is for loopback only. Elsewhere both sides prove who they are with certificates (mutual TLS).
+Plaintext is for loopback only. Elsewhere both sides prove who they are with certificates (mutual TLS): whoever dials
+checks the server's host and what it serves, a server checks the caller's role (peer_roles.py).
 """
 
 from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import grpc
+import structlog
 
 from gradwire_protocol.errors import SettingsError
+from gradwire_protocol.roles import Served
+from gradwire_protocol.service_names import service_name
+from gradwire_protocol.tls_files import TlsFiles
 
 # Frames are small; unary messages carry graphs, whose nodes are a few hundred bytes each.
 MAXIMUM_MESSAGE_BYTES = 64 * 2**20
@@ -48,26 +51,7 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class TlsFiles:
-    """PEM files for mutual TLS: the authority that both sides trust, and one's own certificate and key."""
-
-    authority: Path
-    certificate: Path
-    key: Path
-
-    def read(self) -> tuple[bytes, bytes, bytes]:
-        """Return the contents (authority, certificate, key); SettingsError if one cannot be read."""
-        contents = []
-        for path in (self.authority, self.certificate, self.key):
-            try:
-                contents.append(path.read_bytes())
-            except OSError as error:
-                raise SettingsError(
-                    f"Cannot read the TLS file {path}", got=str(error), remedy="check the path and its permissions"
-                ) from error
-        return contents[0], contents[1], contents[2]
-
+_log = structlog.get_logger(__name__)
 
 _ADDRESS = re.compile(r"(?P<host>\[[0-9a-fA-F:.%]+\]|[A-Za-z0-9._-]+):(?P<port>\d{1,5})")
 
@@ -110,32 +94,59 @@ class OpenChannel(Protocol):
     def __call__(self, address: str, *, bulk: bool = False) -> Any: ...
 
 
-def open_channel(address: str, tls: TlsFiles | None = None, *, insecure: bool = False, bulk: bool = False) -> Any:
+def open_channel(
+    address: str,
+    tls: TlsFiles | None = None,
+    *,
+    serves: Served = Served.STAGE,
+    insecure: bool = False,
+    bulk: bool = False,
+) -> Any:
     """Return a grpc.Channel to HOST:PORT, with a connection of its own. Connects lazily, and again when it breaks.
 
-    bulk: what is sent over it may wait where a network card or a router has too much to send.
+    serves: what the certificate there must be for, besides the host. bulk: what is sent over it may wait where a
+    network card or a router has too much to send.
     """
     check_plaintext(address, tls, insecure=insecure)
-    options = CHANNEL_OPTIONS + (_BULK_OPTIONS if bulk else ())
+    options: tuple[tuple[str, Any], ...] = CHANNEL_OPTIONS + (_BULK_OPTIONS if bulk else ())
     if tls is None:
         return grpc.insecure_channel(address, options=options)
-    authority, certificate, key = tls.read()
-    credentials = grpc.ssl_channel_credentials(
-        root_certificates=authority, private_key=key, certificate_chain=certificate
+    # Imports cryptography, which plaintext does not need.
+    from gradwire_protocol.credentials import OwnCertificate, channel_credentials
+    from gradwire_protocol.rotating_channel import RotatingChannel
+
+    # The name that gRPC looks for in the certificate, in place of the host alone: it holds the host.
+    options += (("grpc.ssl_target_name_override", service_name(parse_address(address)[0], serves)),)
+    return RotatingChannel(
+        OwnCertificate(tls),
+        lambda loaded: grpc.secure_channel(address, channel_credentials(loaded), options=options),
     )
-    return grpc.secure_channel(address, credentials, options=options)
 
 
 def bind(server: Any, address: str, tls: TlsFiles | None = None, *, insecure: bool = False) -> str:
     """Bind a grpc.Server to HOST:PORT (port 0: any free one) and return the address with its real port."""
     check_plaintext(address, tls, insecure=insecure)
+    if tls is None:
+        if not is_loopback(address):
+            _log.warning(
+                "plaintext, without roles: whoever reaches this address may call everything, and whoever is on the way "
+                "may read and change all of it",
+                address=address,
+                remedy="leave --insecure out, and give --tls-authority, --tls-certificate and --tls-key",
+            )
+        return bind_with(server, address, None)
+    exposure = tls.key_exposure()
+    if exposure:
+        _log.warning(exposure)
+    # Imports cryptography, which plaintext does not need.
+    from gradwire_protocol.credentials import OwnCertificate
+
+    return bind_with(server, address, OwnCertificate(tls).server_credentials())
+
+
+def bind_with(server: Any, address: str, credentials: Any) -> str:
+    """Do what `bind` does, with grpc.ServerCredentials that are there; None: plaintext, wherever that is."""
     host, _ = parse_address(address)
-    credentials = None
-    if tls is not None:
-        authority, certificate, key = tls.read()
-        credentials = grpc.ssl_server_credentials(
-            [(key, certificate)], root_certificates=authority, require_client_auth=True
-        )
     try:
         if credentials is None:
             port: int = server.add_insecure_port(address)

@@ -105,6 +105,10 @@ class Unreachable(GradwireError):
     """A service does not answer at its address."""
 
 
+class NotAllowed(GradwireError):
+    """The caller's certificate, or join token, does not allow the call."""
+
+
 class InternalError(GradwireError):
     """Something went wrong that Gradwire did not foresee: please report it."""
 
@@ -127,11 +131,30 @@ _TABLE: tuple[tuple[type[GradwireError], grpc.StatusCode, str], ...] = (
     (Stalled, grpc.StatusCode.ABORTED, "STALLED"),
     (Aborted, grpc.StatusCode.ABORTED, "ABORTED"),
     (Unreachable, grpc.StatusCode.UNAVAILABLE, "UNREACHABLE"),
+    (NotAllowed, grpc.StatusCode.PERMISSION_DENIED, "NOT_ALLOWED"),
     (InternalError, grpc.StatusCode.INTERNAL, "INTERNAL"),
 )
 _CODES = {error: code for error, code, _ in _TABLE}
 _REASONS = {error: reason for error, _, reason in _TABLE}
 _CLASSES = {reason: error for error, _, reason in _TABLE}
+
+
+_REMEDY = "check that the service runs, that the address is right, and that both sides agree on TLS"
+# What BoringSSL and gRPC say of a handshake that failed here, and what to do. The other side says nothing but this.
+_TLS_REMEDIES = (
+    ("WRONG_VERSION_NUMBER", "it speaks plaintext, and this side TLS: give both the same kind of settings"),
+    (
+        "Hostname Verification",
+        "its certificate is not for this address, or not for this kind of service: see `gradwire certs show`, and "
+        "issue one with this --address and the right --role",
+    ),
+    ("certificate has expired", "its certificate has ended: issue another with `gradwire certs rotate`"),
+    ("certificate is not yet valid", "its certificate is not valid yet: check the clocks of both machines"),
+    (
+        "CERTIFICATE_VERIFY_FAILED",
+        "its authority is not one in --tls-authority: give both sides the same",
+    ),
+)
 
 
 def _shortened(text: str, limit: int) -> str:
@@ -186,7 +209,7 @@ def from_rpc_error(error: grpc.RpcError, *, target: str = "") -> GradwireError:
         return Unreachable(
             f"Cannot reach {where}",
             got=details,
-            remedy="check that the service runs, that the address is right, and that both sides agree on TLS",
+            remedy=next((remedy for sign, remedy in _TLS_REMEDIES if sign in details), _REMEDY),
         )
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return Unreachable(
@@ -206,20 +229,25 @@ class ErrorInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # grpcio 
         handler = continuation(details)
         if handler is None:
             return None
-        if handler.request_streaming and handler.response_streaming:
-            make, behaviour = grpc.stream_stream_rpc_method_handler, handler.stream_stream
-        elif handler.request_streaming:
-            make, behaviour = grpc.stream_unary_rpc_method_handler, handler.stream_unary
-        elif handler.response_streaming:
-            make, behaviour = grpc.unary_stream_rpc_method_handler, handler.unary_stream
-        else:
-            make, behaviour = grpc.unary_unary_rpc_method_handler, handler.unary_unary
         wrap = _streaming if handler.response_streaming else _unary
-        return make(
-            wrap(behaviour, details.method),
-            request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
-        )
+        return with_behaviour(handler, lambda behaviour: wrap(behaviour, details.method))
+
+
+def with_behaviour(handler: Any, wrap: Callable[[Any], Any]) -> Any:
+    """Return a method's handler with another in place of its behaviour, which `wrap` makes of it."""
+    if handler.request_streaming and handler.response_streaming:
+        make, behaviour = grpc.stream_stream_rpc_method_handler, handler.stream_stream
+    elif handler.request_streaming:
+        make, behaviour = grpc.stream_unary_rpc_method_handler, handler.stream_unary
+    elif handler.response_streaming:
+        make, behaviour = grpc.unary_stream_rpc_method_handler, handler.unary_stream
+    else:
+        make, behaviour = grpc.unary_unary_rpc_method_handler, handler.unary_unary
+    return make(
+        wrap(behaviour),
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )
 
 
 def _unary(behaviour: Callable[[Any, Any], Any], method: str) -> Callable[[Any, Any], Any]:

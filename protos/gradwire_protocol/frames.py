@@ -291,7 +291,7 @@ class FrameAssembler:
     def _size_of(self, header: pb.TensorHeader) -> int:
         """Do what `check_header` does; what was checked once, but for entry and micro-batch, is not checked again."""
         key = header.key
-        kind = (key.run, key.value, key.direction, key.source_stage, key.state, key.source_replica)
+        kind = (key.run, key.value, key.direction, key.source_stage, key.state, key.source_member)
         known = self._known.get(kind)
         if known is not None and known[0] == header.tensor and key.entry:
             return known[1]

@@ -179,7 +179,7 @@ TORCH_NAMESPACES: frozenset[str] = frozenset(
         *("quantized", "_quantized", "quantized_decomposed", "quantization", "ao", "inductor", "inductor_prims"),
         *("_inductor_test", "_inductor_debug", "_native", "_test", "_torch_testing", "torch_attn", "flex_lib"),
         *("debug_mode_ops", "debugprims", "rngprims", "export", "profiler", "static_runtime", "onnx", "cuda"),
-        *("onnx_symbolic", "pippy"),
+        *("onnx_symbolic", "pippy", "gradwire"),
         *("sparse", "mkl", "mkldnn", "mkldnn_prepacked", "onednn", "prepacked", "xnnpack", "metal", "tensorexpr"),
     )
 )

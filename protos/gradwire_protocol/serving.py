@@ -15,15 +15,21 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent import futures
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry, start_http_server
 
-from gradwire_protocol.channels import SERVER_OPTIONS, TlsFiles, bind, parse_address
+from gradwire_protocol.channels import SERVER_OPTIONS, bind, parse_address
 from gradwire_protocol.errors import ErrorInterceptor, SettingsError
+from gradwire_protocol.peer_roles import RoleInterceptor
+from gradwire_protocol.roles import Role
+from gradwire_protocol.tls_files import TlsFiles
+
+if TYPE_CHECKING:
+    from gradwire_protocol.certificate_watch import CertificateWatch
 
 _log = structlog.get_logger(__name__)
 # After the parent is gone, or a stop was asked for, the process ends within this time, whatever hangs.
@@ -40,6 +46,8 @@ class ServiceSettings:
     # HOST:PORT of /metrics; empty: none.
     metrics_listen: str = "127.0.0.1:0"
     tls: TlsFiles | None = None
+    # The role that its certificate must have; None: any.
+    role: Role | None = None
     insecure: bool = False
     # File descriptor that gets one JSON line {"address", "metrics_address"} when the service is ready.
     ready_fd: int | None = None
@@ -135,7 +143,9 @@ class Service:
         self._metrics_server: Any = None
         self.metrics_address = ""
         self._pool = futures.ThreadPoolExecutor(settings.workers, thread_name_prefix=name)
-        self.server = grpc.server(self._pool, interceptors=(ErrorInterceptor(),), options=SERVER_OPTIONS)
+        self._certificate_watch = _watch_certificate(settings, self.registry)
+        interceptors = (ErrorInterceptor(),) if settings.tls is None else (ErrorInterceptor(), RoleInterceptor())
+        self.server = grpc.server(self._pool, interceptors=interceptors, options=SERVER_OPTIONS)
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
         bound = bind(self.server, settings.listen, settings.tls, insecure=settings.insecure)
@@ -164,6 +174,8 @@ class Service:
                 ) from error
             shown = f"[{host}]" if ":" in host else host
             self.metrics_address = f"{shown}:{self._metrics_server.server_address[1]}"
+        if self._certificate_watch is not None:
+            self._certificate_watch.start()
         self.server.start()
         self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         _log.info("listening", service=self.name, address=self.address, metrics=self.metrics_address)
@@ -192,10 +204,32 @@ class Service:
         self._health.enter_graceful_shutdown()
         self.server.stop(grace_seconds).wait()
         self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._certificate_watch is not None:
+            self._certificate_watch.stop()
         if self._metrics_server is not None:
             self._metrics_server.shutdown()
             self._metrics_server.server_close()
             self._metrics_server = None
+
+
+def _watch_certificate(settings: ServiceSettings, registry: CollectorRegistry) -> CertificateWatch | None:
+    """Return the watch over a service's certificate, None for plaintext; SettingsError for one of another role."""
+    if settings.tls is None:
+        return None
+    # Import cryptography, which plaintext does not need.
+    from gradwire_protocol.certificate_watch import CertificateWatch
+    from gradwire_protocol.credentials import OwnCertificate
+
+    certificate = OwnCertificate(settings.tls)
+    info = certificate.current().info
+    if settings.role not in (None, info.role):
+        raise SettingsError(
+            f"The certificate {settings.tls.certificate} is not one for this service",
+            expected=f"the role {settings.role}",
+            got=f"the role {info.role}" if info.role is not None else "none of Gradwire's roles",
+            remedy=f"issue one with `gradwire certs issue DIR --role {settings.role} …`",
+        )
+    return CertificateWatch(certificate, registry)
 
 
 def exit_in_time() -> None:

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from gradwire_protocol.channels import TlsFiles
 from gradwire_protocol.errors import SettingsError
+from gradwire_protocol.tls_files import TlsFiles
 
 # What files and built-in values say, for the one call of `load_settings` in progress: pydantic-settings makes its
 # sources by itself.

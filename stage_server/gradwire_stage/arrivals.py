@@ -18,7 +18,7 @@ EXCHANGE = frozenset(
         pb.DIRECTION_WEIGHTS,
     }
 )
-# Whose keys name the sender's replica.
+# Whose keys name the sender's replica. Those of DIRECTION_GROUP name its shard.
 BETWEEN_REPLICAS = frozenset({pb.DIRECTION_WEIGHT, pb.DIRECTION_NORM, pb.DIRECTION_REDUCE})
 _BY_MICRO_BATCH = frozenset({pb.DIRECTION_BATCH, pb.DIRECTION_FORWARD, pb.DIRECTION_BACKWARD})
 
@@ -26,7 +26,7 @@ _BY_MICRO_BATCH = frozenset({pb.DIRECTION_BATCH, pb.DIRECTION_FORWARD, pb.DIRECT
 def key_of(header: pb.TensorHeader) -> Key:
     """Return the key of a message within its run."""
     key = header.key
-    return Key(key.entry, key.micro_batch, key.value, key.direction, key.source_stage, key.state, key.source_replica)
+    return Key(key.entry, key.micro_batch, key.value, key.direction, key.source_stage, key.state, key.source_member)
 
 
 def is_answered(header: pb.TensorHeader) -> bool:
@@ -42,7 +42,7 @@ class Arrivals:
         self._server_of_stage = places.server_of_stage
         self._replica = places.replica
         # The senders of what goes from one replica to others.
-        self._server_of = {(peer.replica, stage): peer.server for peer in request.peers for stage in peer.stages}
+        self._server_of = places.server_at
         self._own_stages = frozenset(
             stage for stage, server in self._server_of_stage.items() if server == request.server
         )
@@ -66,20 +66,22 @@ class Arrivals:
             )
         if key.direction in BETWEEN_REPLICAS:
             self._check_replica(key)
-        elif key.source_replica:
-            raise FrameError("Only what goes between replicas names one", expected="replica 0", got=str(key))
+        elif key.direction == pb.DIRECTION_GROUP:
+            self._check_shard(key)
+        elif key.source_member:
+            raise FrameError("Only what goes between replicas or shards names one", expected="number 0", got=str(key))
         if key.direction == pb.DIRECTION_WEIGHTS and key.source_stage <= self._last_stage:
             raise FrameError("Weights come from parameter servers only", got=str(key))
         if key.direction in _BY_MICRO_BATCH and Source.of(key) not in self._sources:
             raise FrameError("No stage here reads such a message", expected="a value of the segments", got=str(key))
 
     def _check_replica(self, key: Key) -> None:
-        if (key.source_replica, key.source_stage) not in self._server_of:
+        if (key.source_member, key.source_stage) not in self._server_of:
             raise FrameError("A message does not come from a replica of this run", got=str(key))
         if self._places.is_parameter_server:
             return
         if key.direction == pb.DIRECTION_REDUCE and (
-            key.source_replica == self._replica or key.source_stage not in self._own_stages
+            key.source_member == self._replica or key.source_stage not in self._own_stages
         ):
             raise FrameError(
                 "Gradients are exchanged with the same stages of other replicas",
@@ -87,10 +89,25 @@ class Arrivals:
                 got=str(key),
             )
 
+    def _check_shard(self, key: Key) -> None:
+        group = self._places.group_servers
+        if (
+            key.source_member not in group
+            or key.source_member == self._places.shard
+            or key.source_stage not in self._own_stages
+        ):
+            raise FrameError(
+                "Tensor-parallel servers exchange something with the other shards of their own stages",
+                expected=f"stages {sorted(self._own_stages)} of one of the shards {sorted(group)}, and not of the own",
+                got=f"stage {key.source_stage} of shard {key.source_member}",
+            )
+
     def sender(self, key: Key) -> str:
         """Return the server that a message comes from, or CLIENT."""
+        if key.direction == pb.DIRECTION_GROUP:
+            return self._places.group_servers[key.source_member]
         if key.direction in BETWEEN_REPLICAS:
-            return self._server_of[key.source_replica, key.source_stage]
+            return self._server_of[key.source_member, key.source_stage]
         return CLIENT if key.direction in FROM_CLIENT else self._server_of_stage[key.source_stage]
 
     def stream(self, key: Key) -> tuple[str, bool]:

@@ -5,7 +5,6 @@ Operators and their arguments are checked where segments are built; tensor frame
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -28,6 +27,7 @@ from gradwire_protocol.v1 import graph_pb2, run_pb2, stage_pb2, tensors_pb2
 from gradwire_stage.exchange.agreement import StepEnd
 from gradwire_stage.move_checks import check_moves
 from gradwire_stage.program_checks import check_program
+from gradwire_stage.shard_checks import check_shards, check_split, check_spread
 
 MAXIMUM_STAGES = 16384
 MAXIMUM_MICRO_BATCHES = 65536
@@ -83,8 +83,9 @@ def check_prepare(request: stage_pb2.PrepareRequest, server: str) -> stage_pb2.P
         codecs,
     )
     own = _check_peers(request)
-    placements = _check_placements(request, own)
-    _check_segments(request, own, placements)
+    shards = check_shards(request, own)
+    placements = _check_placements(request, own, shards)
+    _check_segments(request, own, placements, shards)
     return own
 
 
@@ -106,24 +107,7 @@ def _check_peers(request: stage_pb2.PrepareRequest) -> stage_pb2.Peer:
         f"one each, from {request.stages} on",
         helpers,
     )
-    workers = [peer for peer in request.peers if not peer.parameter_server]
-    replicas = sorted({peer.replica for peer in workers})
-    for replica in replicas:
-        servers = [list(peer.stages) for peer in workers if peer.replica == replica]
-        hosted = sorted(itertools.chain.from_iterable(servers))
-        _refuse_unless(
-            hosted == list(range(request.stages)),
-            f"The servers of replica {replica} do not host each stage once",
-            f"0 to {request.stages - 1}",
-            hosted,
-        )
-        # What a server exchanges with the other replicas is of the same stages.
-        _refuse_unless(
-            own.parameter_server or list(own.stages) in servers,
-            f"Replica {replica} has no server like this one",
-            f"a server with the stages {list(own.stages)}",
-            servers,
-        )
+    replicas = {peer.replica for peer in request.peers if not peer.parameter_server}
     if len(replicas) > 1 or helpers:
         parse_compression(request.compression)
         local = request.local_steps
@@ -142,7 +126,7 @@ def _check_peers(request: stage_pb2.PrepareRequest) -> stage_pb2.Peer:
     return own
 
 
-def _check_placements(request: stage_pb2.PrepareRequest, own: stage_pb2.Peer) -> set[str]:
+def _check_placements(request: stage_pb2.PrepareRequest, own: stage_pb2.Peer, shards: int) -> set[str]:
     _refuse_unless(
         len(request.tensors) <= MAXIMUM_TENSORS, "Too many tensors", f"{MAXIMUM_TENSORS} at most", len(request.tensors)
     )
@@ -161,6 +145,7 @@ def _check_placements(request: stage_pb2.PrepareRequest, own: stage_pb2.Peer) ->
             f"at most {MAXIMUM_DIMENSIONS} dimensions, none negative",
             list(spec.shape),
         )
+        check_split(spec, shards)
         holders = list(placement.holder_stages)
         _refuse_unless(
             holders == sorted(set(holders))
@@ -182,7 +167,7 @@ def _check_placements(request: stage_pb2.PrepareRequest, own: stage_pb2.Peer) ->
     return names
 
 
-def _check_segments(request: stage_pb2.PrepareRequest, own: stage_pb2.Peer, placements: set[str]) -> None:
+def _check_segments(request: stage_pb2.PrepareRequest, own: stage_pb2.Peer, placements: set[str], shards: int) -> None:
     seen: set[tuple[int, int]] = set()
     for segment in request.segments:
         name = f"The segment of stage {segment.stage}"
@@ -206,6 +191,8 @@ def _check_segments(request: stage_pb2.PrepareRequest, own: stage_pb2.Peer, plac
             _refuse_unless(
                 use.tensor in placements, f"{name} uses a tensor that is not placed here", "a placement", use.tensor
             )
+        check_spread(name, segment.incoming, shards)
+        check_spread(name, segment.outgoing, shards)
         for value in segment.incoming:
             check_name(value.value, "An incoming value")
             later = value.gradient_from_stage if value.HasField("gradient_from_stage") else segment.stage + 1

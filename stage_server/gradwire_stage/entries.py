@@ -12,12 +12,15 @@ from gradwire_protocol import program as kinds
 from gradwire_protocol.errors import FrameError, InternalError
 from gradwire_protocol.exchange_state import parse_owed_name
 from gradwire_protocol.program import Action
+from gradwire_protocol.splits import whole_shape
 from gradwire_protocol.torch_tensors import dense
 from gradwire_protocol.v1 import graph_pb2, run_pb2
 from gradwire_protocol.v1 import tensors_pb2 as pb
 from gradwire_stage import timeline as phases
 from gradwire_stage.exchange.state import SharedState
 from gradwire_stage.gradients import Gradients
+from gradwire_stage.group.parts import part_of_tensor
+from gradwire_stage.group.whole import WholeTensors
 from gradwire_stage.keys import Key
 from gradwire_stage.optimizer import StateValue
 from gradwire_stage.passes import Passes, put_result
@@ -172,15 +175,15 @@ def _load_state(run: RunState, timeline: Timeline[Any], entry: int, load: run_pb
         received = weights.read(placement.spec) if stored is None else stored.read(placement.spec)
         if received is None:
             received = take_tensor(run, timeline, Key(entry, 0, name, pb.DIRECTION_STATE, 0))
-        tensor = run.tensors[name]
-        if received is None or received.shape != tensor.shape or received.dtype != tensor.dtype:
+        tensor, shape = run.tensors[name], whole_shape(placement.spec)
+        if received is None or tuple(received.shape) != shape or received.dtype != tensor.dtype:
             raise FrameError(
                 f"What came for {name!r} does not fit it",
-                expected=f"shape {list(placement.spec.shape)}, {tensor.dtype}",
+                expected=f"shape {list(shape)}, {tensor.dtype}",
                 got="nothing" if received is None else f"shape {list(received.shape)}, {received.dtype}",
             )
         with torch.no_grad():
-            tensor.copy_(received)
+            tensor.copy_(_own_part(run, name, received))
         del received  # the message's memory goes before the next tensor is taken
         run.progress.advance()
     states: dict[str, dict[str, StateValue]] = {}
@@ -188,8 +191,11 @@ def _load_state(run: RunState, timeline: Timeline[Any], entry: int, load: run_pb
     for item in load.optimizer_state:
         if item.parameter in run.parameters:
             of_exchange = parse_owed_name(item.state)
-            # It is from the first of a pipeline that holds the parameter, and that one's again.
-            is_own = of_exchange is None or (of_exchange[0] == run.replica and run.owns(item.parameter))
+            # It is from the first of a pipeline that holds the parameter, and that one's again. Several shards go on
+            # without it.
+            is_own = of_exchange is None or (
+                of_exchange[0] == run.replica and run.owns(item.parameter) and run.places.shards == 1
+            )
             if stored is not None and not is_own:
                 continue
             key = Key(entry, 0, item.parameter, pb.DIRECTION_STATE, 0, item.state)
@@ -198,6 +204,8 @@ def _load_state(run: RunState, timeline: Timeline[Any], entry: int, load: run_pb
                 if is_own and isinstance(value, torch.Tensor):
                     owed.setdefault(item.parameter, {})[of_exchange[1]] = value
                 continue
+            if isinstance(value, torch.Tensor):
+                value = _own_part(run, item.parameter, value)
             own = run.agreement.own_state(item.parameter, value)
             if own is not None:
                 states.setdefault(item.parameter, {})[item.state] = own
@@ -210,9 +218,15 @@ def _load_state(run: RunState, timeline: Timeline[Any], entry: int, load: run_pb
     run.weight_version = load.weight_version
 
 
+def _own_part(run: RunState, name: str, whole: torch.Tensor) -> torch.Tensor:
+    """Return what this shard has of a tensor of the model, or of something like it."""
+    places = run.places
+    return part_of_tensor(run.placements[name].spec, whole, shards=places.shards, shard=places.shard)
+
+
 def _pass_on(run: RunState, timeline: Timeline[Any], entry: int, stored: StoredState) -> None:
     """Leave what no server holds for the client, if this server is the first; see that all was of one checkpoint."""
-    if 0 in run.stages and run.places.leads:
+    if 0 in run.stages and run.places.answers:
         for name, tensor in stored.kept():
             put_result(run, timeline, entry, run.result(entry, 0, name, tensor, stage=run.first_stage))
     stored.check_unchanged()
@@ -228,18 +242,14 @@ def _fetch_state(run: RunState, timeline: Timeline[Any], entry: int, *, optimize
         if optimizer_state:
             shared.give(names)
         return
+    whole = WholeTensors(run, timeline, entry, "state")
     for name in names:
-        copy = dense(run.tensors[name].detach()).clone()
-        put_result(run, timeline, entry, run.result(entry, 0, name, copy, stage=run.first_stage))
-        run.progress.advance()
+        values: dict[str, StateValue] = {"": run.tensors[name]}
         if optimizer_state:
-            _copy_optimizer_state(run, timeline, entry, name, shared)
-
-
-def _copy_optimizer_state(
-    run: RunState, timeline: Timeline[Any], entry: int, parameter: str, shared: SharedState
-) -> None:
-    for state, value in shared.of(parameter).items():
-        copy = dense(value.detach()).clone() if isinstance(value, torch.Tensor) else value
-        put_result(run, timeline, entry, run.result(entry, 0, parameter, copy, stage=run.first_stage, state=state))
-        run.progress.advance()
+            values |= shared.of(name)
+        for state, part in values.items():
+            value = whole.of_state(name, state, part)
+            if run.places.answers:
+                copy = dense(value.detach()).clone() if isinstance(value, torch.Tensor) else value
+                put_result(run, timeline, entry, run.result(entry, 0, name, copy, stage=run.first_stage, state=state))
+            run.progress.advance()

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 
 import structlog
 
-from gradwire_protocol.activities import stage_names
 from gradwire_protocol.errors import Aborted, GradwireError, LimitExceeded, StageFailed
 from gradwire_protocol.program import Action
 from gradwire_protocol.v1 import run_pb2, stage_pb2
@@ -179,7 +178,7 @@ class Executor:
         return StageFailed(where, got=f"{type(error).__name__}: {error}", remedy=remedy)
 
     def _stages(self) -> str:
-        return stage_names(self.run.stages).capitalize()
+        return self.run.name.capitalize()
 
 
 def _prefixed(where: str, error: GradwireError) -> GradwireError:

@@ -14,6 +14,8 @@ from gradwire_protocol.torch_tensors import dense
 from gradwire_protocol.v1 import graph_pb2, run_pb2
 from gradwire_protocol.v1 import tensors_pb2 as pb
 from gradwire_stage import timeline as phases
+from gradwire_stage.group.tensor_group import TensorGroup
+from gradwire_stage.group.whole import WholeTensors
 from gradwire_stage.keys import Key
 from gradwire_stage.passes import Passes, put_result
 from gradwire_stage.run_state import RunState
@@ -54,7 +56,7 @@ class Gradients:
             return
         weight = self._passes.own_weight()
         if weight is not None:
-            key = Key(self._entry, 0, "", pb.DIRECTION_WEIGHT, run.places.last_stage, source_replica=run.replica)
+            key = Key(self._entry, 0, "", pb.DIRECTION_WEIGHT, run.places.last_stage, source_member=run.replica)
             run.peers.send(run.places.weight_readers, key, weight)
             self._weight_sent = True
 
@@ -96,6 +98,8 @@ class Gradients:
         for replica, stage, server in run.places.norm_servers:
             total = total + (own if server == run.server else self._scalar(self._norm_key(replica, stage)))
         timeline.switch(phases.UPDATE)
+        if run.places.shards > 1:
+            total = TensorGroup(run, timeline, entry=self._entry, micro_batch=0, about="norm").all_reduce("", total)
         self._norm = total.sqrt()
         factor = (self._step.max_gradient_norm / (self._norm + _CLIP_EPSILON)).clamp(max=1.0)
         for gradient in self._all():
@@ -165,7 +169,7 @@ class Gradients:
             ):
                 weights.append(own)
             else:
-                key = Key(self._entry, 0, "", pb.DIRECTION_WEIGHT, run.places.last_stage, source_replica=replica)
+                key = Key(self._entry, 0, "", pb.DIRECTION_WEIGHT, run.places.last_stage, source_member=replica)
                 weights.append(self._scalar(key))
         return weights[0] if len(weights) == 1 else torch.stack(weights).sum()
 
@@ -176,27 +180,35 @@ class Gradients:
         return tensor
 
     def _own_squares(self) -> torch.Tensor:
-        """Return the sum of squares of the gradients that count here: each element's at one server."""
+        """Return the sum of squares of the gradients that count here: each element's at one server.
+
+        Of shards each counts its parts, and the first of them what all have.
+        """
         norms = [
             torch.linalg.vector_norm(
                 torch.view_as_real(gradient) if gradient.is_complex() else gradient, dtype=torch.float64
             )
             for name, tensor in self._run.agreement.updated.items()
-            if (gradient := tensor.grad) is not None and self._run.agreement.counts(name)
+            if (gradient := tensor.grad) is not None
+            and self._run.agreement.counts(name)
+            and (self._run.places.speaks or name in self._run.split_names)
         ]
         if not norms:
             return torch.zeros((), dtype=torch.float64, device=self._run.device.torch_device)
         return torch.stack(norms).square().sum()
 
     def _norm_key(self, replica: int, stage: int) -> Key:
-        return Key(self._entry, 0, "", pb.DIRECTION_NORM, stage, source_replica=replica)
+        return Key(self._entry, 0, "", pb.DIRECTION_NORM, stage, source_member=replica)
 
     def _copies(self) -> dict[str, torch.Tensor | None]:
         """Copy the gradients that the client collects here, before the optimizer may write to them."""
         run = self._run
         shared = run.agreement.whole_gradients()
-        return {
-            name: shared[name] if name in shared else None if (gradient := tensor.grad) is None else gradient.clone()
-            for name, tensor in run.parameters.items()
-            if run.answers_for(name)
-        }
+        whole = WholeTensors(run, self._timeline, self._entry, "gradients")
+        kept = {}
+        for name, tensor in run.parameters.items():
+            if run.places.leads and run.owns(name):
+                own = None if tensor.grad is None else tensor.grad.clone()
+                gradient = shared.get(name, own)
+                kept[name] = None if gradient is None else whole.of(name, gradient)
+        return kept if run.places.answers else {}

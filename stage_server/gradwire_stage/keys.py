@@ -20,8 +20,8 @@ class Key(NamedTuple):
     source_stage: int
     # Of a value of the optimizer's state for the parameter `value`; otherwise empty.
     state: str = ""
-    # Of what replicas send each other: the sender's; otherwise 0.
-    source_replica: int = 0
+    # Of what replicas or shards send each other: the sender's; otherwise 0.
+    source_member: int = 0
 
     def __str__(self) -> str:
         return message_words(self)

@@ -16,6 +16,13 @@ backward than the stages before it do. Who waits to send waits for a server whos
 message would be due there. Around a circle fronts could thus only stay or fall, so nobody in it waits to send; and of
 waits for messages alone there is none, which the coordinator has proved of its programs. For the client, which sends
 micro-batch by micro-batch to all servers and waits for none, the same holds.
+
+Tensor-parallel servers of the same stages stop in the middle of an action for what the others have of it, and nothing
+but such parts comes on the streams between them. Those parts are thus all due while one is waited for, however large,
+and each stream brings them in the order in which they are asked for; for all run the same program. So whoever has not
+sent a part is behind in it, and its front is not ahead: in circles with waits to send nothing changes. Of waits for
+messages alone, take the order of actions that proves the programs: each wait leads from one action to an earlier one,
+or within an action from one part to a part before it, and so never round.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ KINDS = {
     pb.DIRECTION_STATE: "state",
     pb.DIRECTION_TIED: "tied",
     pb.DIRECTION_REDUCE: "reduce",
+    pb.DIRECTION_GROUP: "group",
     pb.DIRECTION_WEIGHTS: "weights",
     pb.DIRECTION_NORM: "norm",
     pb.DIRECTION_WEIGHT: "weight",
@@ -51,13 +52,13 @@ class StageMetrics:
         self.busy = Counter(
             "gradwire_stage_busy_seconds",
             "Seconds that the compute thread spent working",
-            ["run", "stage", "replica", "phase"],
+            ["run", "stage", "replica", "shard", "phase"],
             registry=registry,
         )
         self.idle = Counter(
             "gradwire_stage_idle_seconds",
             "Seconds that the compute thread spent waiting",
-            ["run", "stage", "replica", "reason"],
+            ["run", "stage", "replica", "shard", "reason"],
             registry=registry,
         )
         self.transferred = Counter(
@@ -94,7 +95,7 @@ class StageMetrics:
         self.step_seconds = Histogram(
             "gradwire_step_duration_seconds",
             "Seconds from the end of the entry before a training step to its own end",
-            ["run", "stage", "replica"],
+            ["run", "stage", "replica", "shard"],
             buckets=_STEP_BUCKETS,
             registry=registry,
         )
@@ -104,13 +105,13 @@ class StageMetrics:
         self.exchanged = Counter(
             "gradwire_exchange_gradient_bytes_total",
             "Bytes of the gradients that replicas have agreed on, as they were before any codec",
-            ["run", "stage", "replica"],
+            ["run", "stage", "replica", "shard"],
             registry=registry,
         )
         self.weights_behind = Gauge(
             "gradwire_weights_behind_steps",
             "Updates that the weights lacked when the last training step ended, with parameter servers",
-            ["run", "stage", "replica"],
+            ["run", "stage", "replica", "shard"],
             registry=registry,
         )
         self.mailbox_bytes = Gauge(
@@ -120,8 +121,8 @@ class StageMetrics:
             "gradwire_parameters_bytes", "Bytes of parameters, buffers and constants held", ["run"], registry=registry
         )
 
-    def of_run(self, run: str, stages: tuple[int, ...], replica: int) -> RunMetrics:
-        return RunMetrics(self, run, stages, replica)
+    def of_run(self, run: str, stages: tuple[int, ...], replica: int, shard: int) -> RunMetrics:
+        return RunMetrics(self, run, stages, replica, shard)
 
 
 class RunMetrics:
@@ -130,10 +131,10 @@ class RunMetrics:
     A server with several virtual stages has one compute thread: its label is "0,2".
     """
 
-    def __init__(self, metrics: StageMetrics, run: str, stages: tuple[int, ...], replica: int) -> None:
+    def __init__(self, metrics: StageMetrics, run: str, stages: tuple[int, ...], replica: int, shard: int) -> None:
         self._metrics = metrics
         self._run = run
-        self._labels = (run, ",".join(map(str, stages)), str(replica))
+        self._labels = (run, ",".join(map(str, stages)), str(replica), str(shard))
         self._lock = threading.Lock()
         self._removed = False
         # Series by (metric, labels): looking one up costs more than counting.

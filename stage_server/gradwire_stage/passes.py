@@ -15,12 +15,14 @@ from gradwire_protocol.errors import FrameError, PlanError
 from gradwire_protocol.v1 import graph_pb2, run_pb2
 from gradwire_protocol.v1 import tensors_pb2 as pb
 from gradwire_stage import timeline as phases
+from gradwire_stage.group.spread import gathered, sent_part
+from gradwire_stage.group.tensor_group import TensorGroup
 from gradwire_stage.headers import Value
 from gradwire_stage.keys import Key
 from gradwire_stage.outbox import Result
 from gradwire_stage.peers import Incoming
 from gradwire_stage.recomputation import Inputs
-from gradwire_stage.routes import Input
+from gradwire_stage.routes import Input, Output
 from gradwire_stage.run_state import RunState
 from gradwire_stage.segment import SegmentPass
 from gradwire_stage.taking import take, take_tensor
@@ -45,8 +47,8 @@ class _Open:
     segment_pass: SegmentPass | Inputs
     # Incoming values whose gradient their sender wants.
     wanted: list[Input]
-    # Outgoing values whose gradient is wanted here, and the stage that it comes from.
-    expected: dict[str, int]
+    # Outgoing values whose gradient is wanted here.
+    expected: list[Output]
 
 
 class Passes:
@@ -88,25 +90,32 @@ class Passes:
         values: dict[str, Value] = {}
         wanted: list[Input] = []
         for source in routes.inputs:
-            value = self._receive(source, micro_batch)
+            value = self._receive(source, stage, micro_batch)
             values[source.value] = value
             if isinstance(value, torch.Tensor) and value.requires_grad:
                 wanted.append(source)
         timeline.switch(phases.FORWARD)
         buffers = self._run.agreement.buffers if self._record else None
         before = {} if buffers is None else buffers.versions()
-        made = segment.forward(values, step=self._step, micro_batch=micro_batch, record=self._record, keep=keep)
+        made = segment.forward(
+            values,
+            step=self._step,
+            micro_batch=micro_batch,
+            record=self._record,
+            keep=keep,
+            group=self._group(f"{stage}F", micro_batch),
+        )
         if buffers is not None:
             buffers.changed(micro_batch, before)
         timeline.switch(phases.ENCODE)
-        expected: dict[str, int] = {}
+        expected: list[Output] = []
         for output in routes.outputs:
             value = made.outgoing[output.value]
             if isinstance(value, torch.Tensor) and value.requires_grad:
-                expected[output.value] = output.gradient_from
+                expected.append(output)
             key = Key(self._entry, micro_batch, output.value, pb.DIRECTION_FORWARD, stage)
-            self._run.peers.send(output.servers, key, value, output.codecs)
-        for name, value in made.results.items():
+            self._run.peers.send(output.servers, key, self._sent(value, output.spread), output.codecs)
+        for name, value in made.results.items() if self._run.places.speaks else ():
             put_result(
                 self._run, timeline, self._entry, self._run.result(self._entry, micro_batch, name, value, stage=stage)
             )
@@ -127,17 +136,14 @@ class Passes:
         segment_pass = state.segment_pass
         if isinstance(segment_pass, Inputs):
             timeline.switch(phases.FORWARD)
-            segment_pass = run.segments[self._graph, stage].again(segment_pass)
+            group = self._group(f"{stage}F-again", micro_batch)
+            segment_pass = run.segments[self._graph, stage].again(segment_pass, group)
         gradients = {
-            value: take_tensor(run, timeline, Key(self._entry, micro_batch, value, pb.DIRECTION_BACKWARD, source))
-            for value, source in state.expected.items()
+            output.value: self._take_gradient(output, output.gradient_from, stage, micro_batch)
+            for output in state.expected
         }
         relayed = {
-            source.value: take_tensor(
-                run,
-                timeline,
-                Key(self._entry, micro_batch, source.value, pb.DIRECTION_BACKWARD, source.gradient_from),
-            )
+            source.value: self._take_gradient(source, source.gradient_from, stage, micro_batch)
             for source in state.wanted
             if source.gradient_from is not None
         }
@@ -151,7 +157,8 @@ class Passes:
         timeline.switch(phases.ENCODE)
         for source in state.wanted:
             key = Key(self._entry, micro_batch, source.value, pb.DIRECTION_BACKWARD, stage)
-            run.peers.send(source.gradient_to, key, made[source.value], source.gradient_codecs)
+            gradient = self._sent(made[source.value], source.spread)
+            run.peers.send(source.gradient_to, key, gradient, source.gradient_codecs)
 
     def weight_gradients(self, stage: int, micro_batch: int) -> None:
         """Add up the gradients that a split backward has left."""
@@ -212,7 +219,34 @@ class Passes:
             return float(self._rows[micro_batch])
         return 1.0
 
-    def _receive(self, source: Input, micro_batch: int) -> Value:
+    def _group(self, about: str, micro_batch: int) -> TensorGroup | None:
+        """Return the other shards, for what is done with a micro-batch here; None where there are none."""
+        if self._run.places.shards == 1:
+            return None
+        return TensorGroup(self._run, self._timeline, entry=self._entry, micro_batch=micro_batch, about=about)
+
+    def _sent(self, value: Value | None, spread: int | None) -> Value | None:
+        """Return what of a value, or a gradient, is this server's to send."""
+        if spread is None or not isinstance(value, torch.Tensor):
+            return value
+        places = self._run.places
+        return sent_part(value, spread, shards=places.shards, shard=places.shard)
+
+    def _whole(self, what: str, name: str, tensor: torch.Tensor, spread: int | None, micro_batch: int) -> torch.Tensor:
+        """Return all of what came, bringing together what came in parts."""
+        group = None if spread is None else self._group(what, micro_batch)
+        return tensor if spread is None or group is None else gathered(group, name, tensor, spread)
+
+    def _take_gradient(
+        self, value: Input | Output, source_stage: int, stage: int, micro_batch: int
+    ) -> torch.Tensor | None:
+        key = Key(self._entry, micro_batch, value.value, pb.DIRECTION_BACKWARD, source_stage)
+        tensor = take_tensor(self._run, self._timeline, key)
+        if tensor is None:
+            return None
+        return self._whole(f"{stage}B-gradient", value.value, tensor, value.spread, micro_batch)
+
+    def _receive(self, source: Input, stage: int, micro_batch: int) -> Value:
         """Take an incoming value; a tensor whose gradient is wanted comes as a leaf that requires one."""
         direction = pb.DIRECTION_BATCH if source.from_batch else pb.DIRECTION_FORWARD
         key = Key(self._entry, micro_batch, source.value, direction, source.source_stage)
@@ -223,6 +257,7 @@ class Passes:
             return content
         arrived, wanted = content
         tensor = self._run.device.claim(arrived)
+        tensor = self._whole(f"{stage}F-value", source.value, tensor, source.spread, micro_batch)
         # Detached: other segments here may read the same tensor, and each has its own gradient.
         return tensor.detach().requires_grad_() if wanted and self._record else tensor
 

@@ -1,6 +1,9 @@
-"""Who is who in a run, as one of its servers sees it: its pipeline, the other replicas, the parameter servers.
+"""Who is who in a run, as one of its servers sees it: its pipeline, the other replicas, its shards, parameter servers.
 
 Worked out once, when a run is prepared. Order is that of ids, so that sums have the same order everywhere.
+
+Tensor-parallel servers of the same stages and the same replica are a *group*; each is one *shard*. What pipelines and
+replicas exchange stays among the servers of one shard: all that is said of them here is said of those.
 """
 
 from __future__ import annotations
@@ -16,11 +19,22 @@ class Places:
     def __init__(self, request: stage_pb2.PrepareRequest, own: stage_pb2.Peer) -> None:
         self.own = own.server
         self.replica = own.replica
+        self.shard = own.shard
         self.is_parameter_server = own.parameter_server
-        workers = [peer for peer in request.peers if not peer.parameter_server]
+        hosts = [peer for peer in request.peers if not peer.parameter_server]
+        self.shards = len({peer.shard for peer in hosts})
+        # The servers of the own group, by shard, ascending.
+        self.group_servers = {
+            peer.shard: peer.server
+            for peer in sorted(hosts, key=lambda peer: peer.shard)
+            if peer.replica == own.replica and peer.stages == own.stages
+        }
+        workers = [peer for peer in hosts if peer.shard == own.shard]
         helpers = sorted((peer for peer in request.peers if peer.parameter_server), key=lambda peer: peer.stages[0])
         pipeline = sorted((peer for peer in workers if peer.replica == own.replica), key=lambda peer: peer.stages[0])
         self.server_of_stage = {stage: peer.server for peer in (*pipeline, *helpers) for stage in peer.stages}
+        # By replica and stage; parameter servers, which are of none, have replica 0.
+        self.server_at = {(peer.replica, stage): peer.server for peer in (*workers, *helpers) for stage in peer.stages}
         # First stage and name of every server of the pipeline, in stage order: the order in which sums are made.
         self.servers = tuple((peer.stages[0], peer.server) for peer in pipeline)
         self.other_servers = tuple(name for _, name in self.servers if name != own.server)
@@ -33,9 +47,14 @@ class Places:
             if peer.stages == own.stages
         }
         self.replicas = tuple(sorted({peer.replica for peer in workers}))
-        # One replica answers for all: it gives state and gradients to the client, and writes checkpoints. What
-        # parameter servers hold, they answer for.
+        # One replica leads: what all of them have, or have parts of, is brought together there. What parameter servers
+        # hold, they answer for.
         self.leads = self.is_parameter_server or own.replica == self.replicas[0]
+        # One shard speaks for its group: it has the results of a forward that the client collects.
+        self.speaks = self.is_parameter_server or own.shard == min(self.group_servers)
+        # One server answers for all that have its stages: it gives state and gradients to the client, and writes
+        # checkpoints.
+        self.answers = self.leads and self.speaks
         self.last_stage = request.stages - 1
         self.last_server = self.server_of_stage[self.last_stage]
         self.parameter_servers = tuple(peer.server for peer in helpers)

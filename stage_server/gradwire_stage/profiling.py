@@ -48,7 +48,9 @@ def measure_costs(
 
     def measure(clock: Clock[Any]) -> stage_pb2.MeasureCostsReply:
         started = time.perf_counter()
-        runner = GroupRunner(device.torch_device, clock, TORCH_TYPES.get(request.precision), operators)
+        runner = GroupRunner(
+            device.torch_device, clock, TORCH_TYPES.get(request.precision), operators, max(1, request.tensor)
+        )
         reply = stage_pb2.MeasureCostsReply(action=measure_action(device, clock))
         for number, rows in enumerate(request.rows, start=1):
             walk = Walk(

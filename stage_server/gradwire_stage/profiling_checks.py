@@ -12,9 +12,11 @@ from typing import Any
 
 from gradwire_protocol.errors import FrameError, LimitExceeded, ModelError
 from gradwire_protocol.frames import ELEMENT_BYTES, MAXIMUM_DIMENSIONS
+from gradwire_protocol.group_operators import GROUP_OPERATORS
 from gradwire_protocol.operators import is_allowed
 from gradwire_protocol.v1 import graph_pb2, stage_pb2
 from gradwire_stage.checks import MAXIMUM_TENSORS, PRECISIONS, check_name
+from gradwire_stage.shard_checks import MAXIMUM_SHARDS
 
 MAXIMUM_NODES = 100_000
 MAXIMUM_GROUPS = 4096
@@ -40,6 +42,8 @@ def check_measure(request: stage_pb2.MeasureCostsRequest, operators: Mapping[str
     # Written so that it refuses NaN, too.
     if not 0 < request.seconds <= MAXIMUM_SECONDS:
         raise FrameError("Wrong time to measure in", expected=f"up to {MAXIMUM_SECONDS:g} s", got=str(request.seconds))
+    if request.tensor > MAXIMUM_SHARDS:
+        raise LimitExceeded("Too many shards", expected=f"{MAXIMUM_SHARDS} at most", got=str(request.tensor))
     if request.precision not in PRECISIONS:
         raise FrameError("Wrong precision", expected="unspecified or BFLOAT16", got=str(request.precision))
     ends = list(request.ends)
@@ -50,7 +54,7 @@ def check_measure(request: stage_pb2.MeasureCostsRequest, operators: Mapping[str
     if not set(ends[:-1]) <= set(graph.allowed_cuts):
         raise FrameError("A group to measure ends where the graph must not be cut", expected="allowed cuts")
     _check_tensors(request)
-    _check_nodes(graph, operators)
+    _check_nodes(graph, operators, request.tensor)
 
 
 def _check_tensors(request: stage_pb2.MeasureCostsRequest) -> None:
@@ -70,14 +74,15 @@ def _check_tensors(request: stage_pb2.MeasureCostsRequest) -> None:
             )
 
 
-def _check_nodes(graph: graph_pb2.Graph, operators: Mapping[str, Callable[..., Any]]) -> None:
+def _check_nodes(graph: graph_pb2.Graph, operators: Mapping[str, Callable[..., Any]], shards: int) -> None:
     for item in graph.inputs:
         check_name(item.value, "An input")
         _check_spec(item.value, item.spec)
     for node in graph.nodes:
         check_name(node.name, "A node")
         _check_spec(node.name, node.output)
-        if not is_allowed(node.target) and node.target not in operators:
+        admitted = node.target in operators or (shards > 1 and node.target in GROUP_OPERATORS)
+        if not is_allowed(node.target) and not admitted:
             raise ModelError(
                 f"Operator '{node.target[:200]}' is not allowed in a graph",
                 expected="an operator of the allow-list (gradwire_protocol/operators.py)",

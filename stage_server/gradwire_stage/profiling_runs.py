@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from gradwire_protocol.v1 import stage_pb2
+from gradwire_stage.group.tensor_group import LoneGroup
 from gradwire_stage.profiling_actions import empty_stage
 from gradwire_stage.profiling_held import Kept, SavedStorages, kept_of
 from gradwire_stage.segment import BuiltSegment, Value
@@ -48,7 +49,10 @@ class GroupRunner:
         clock: Clock[Any],
         precision: torch.dtype | None,
         operators: Mapping[str, Callable[..., Any]],
+        shards: int = 1,
     ) -> None:
+        """shards: servers that run the groups together. This one is alone, and makes up what the others would have."""
+        self._shards = shards
         self._device = device
         self._clock = clock
         self._precision = precision
@@ -67,7 +71,8 @@ class GroupRunner:
         fewest_runs: int = 1,
     ) -> Measured:
         """Run a group on these values, until this time (time.perf_counter), but so often in any case."""
-        built = BuiltSegment(segment, tensors, self._device, 0, self._precision, self._operators)
+        built = BuiltSegment(segment, tensors, self._device, 0, self._precision, self._operators, self._shards)
+        together = LoneGroup(self._shards)
         values = {item.value: value for item, value in zip(segment.incoming, incoming, strict=True)}
         relayed = {
             item.value: torch.ones_like(value)
@@ -80,7 +85,7 @@ class GroupRunner:
         saved = SavedStorages()
         first = clock.mark()
         with saved.recording():
-            made = built.forward(values, step=0, micro_batch=0, record=True)
+            made = built.forward(values, step=0, micro_batch=0, record=True, group=together)
         outgoing = tuple(made.outgoing.values())
         kept = kept_of(saved, incoming, outgoing, tensors.values())
         gradients = {
@@ -101,7 +106,7 @@ class GroupRunner:
             if len(runs) >= fewest_runs and (time.perf_counter() >= until or _is_settled(runs[1:])):
                 break
             marks = [clock.mark()]
-            made = built.forward(values, step=0, micro_batch=0, record=True)
+            made = built.forward(values, step=0, micro_batch=0, record=True, group=together)
             marks.append(clock.mark())
         # The first touches new memory, and chooses kernels.
         usual = [statistics.median(times) * 1e-9 for times in zip(*(runs[1:] or runs), strict=True)]

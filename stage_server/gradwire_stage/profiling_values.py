@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from gradwire_protocol.frames import ELEMENT_BYTES
+from gradwire_protocol.group_operators import CROSS_ENTROPY, EMBEDDING
 from gradwire_protocol.torch_tensors import TORCH_TYPES
 from gradwire_protocol.v1 import graph_pb2 as pb
 
@@ -37,6 +38,9 @@ _LOOKUPS = {
     "aten.nll_loss.default": (0, 1, 1),
     "aten.nll_loss_nd.default": (0, 1, 1),
     "aten.nll_loss2d.default": (0, 1, 1),
+    # Of the own part: what other servers have is not here to be looked up.
+    EMBEDDING: (0, 0, 1),
+    CROSS_ENTROPY: (0, 1, 1),
 }
 # The same, with the dimension as argument 1.
 _GATHERS = frozenset({"aten.gather.default", "aten.index_select.default"})

@@ -12,10 +12,12 @@ import torch
 from torch import fx, nn
 
 from gradwire_protocol.errors import ModelError
+from gradwire_protocol.group_operators import GROUP_OPERATORS
 from gradwire_protocol.randomness import node_number
 from gradwire_protocol.torch_tensors import TORCH_TYPES
 from gradwire_protocol.v1 import graph_pb2 as pb
 from gradwire_stage import regions
+from gradwire_stage.group import operators as group_operators
 from gradwire_stage.operators import keeps_keyword, resolve
 from gradwire_stage.regions import Region
 
@@ -45,15 +47,18 @@ class Rebuilt:
         outputs: Sequence[str],
         device: torch.device,
         custom: Mapping[str, Callable[..., Any]],
+        shards: int = 1,
     ) -> None:
         """`tensors` gives, for each tensor in order, the value names that stand for it.
 
-        custom: the operators besides those of the allow-list that are admitted, by target.
+        custom: the operators besides those of the allow-list that are admitted, by target. shards: servers that run
+        this segment together; several have the group operators, too.
         """
         self.regions: list[Region] = [Region()]
         self.nodes: dict[str, pb.Node] = {}  # by name in the code
         self._device = device
         self._custom = custom
+        self._shards = shards
         self._graph = fx.Graph()
         self._values: dict[str, fx.Node] = {}
         scope = self._graph.placeholder("scope")
@@ -68,7 +73,7 @@ class Rebuilt:
             region = self._enter(scope, region, Region.of(node))
             if node.random:
                 self._graph.call_function(regions.seed, (scope, node_number(node.name)))
-            self._call(node)
+            self._call(node, scope)
         self._enter(scope, region, Region())
         self._graph.output(tuple(self._read(value, "its outputs") for value in outputs))
         self._module = fx.GraphModule(nn.Module(), self._graph)
@@ -82,9 +87,13 @@ class Rebuilt:
             self._graph.call_function(regions.enter, (scope, number))
         return number
 
-    def _call(self, node: pb.Node) -> None:
-        function = self._custom.get(node.target) or resolve(node.target)
+    def _call(self, node: pb.Node, scope: fx.Node) -> None:
         arguments = tuple(self._argument(item, node.name) for item in node.arguments)
+        if node.target in GROUP_OPERATORS:
+            group_operators.check_size(self._shards, node.target)
+            function, arguments = group_operators.OPERATORS[node.target], (scope, node.name, *arguments)
+        else:
+            function = self._custom.get(node.target) or resolve(node.target)
         keywords = {
             item.name: self._argument(item.value, node.name)
             for item in node.keyword_arguments

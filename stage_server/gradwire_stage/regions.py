@@ -9,12 +9,17 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 
+from gradwire_protocol.errors import InternalError
 from gradwire_protocol.torch_tensors import TORCH_TYPES
 from gradwire_protocol.v1 import graph_pb2 as pb
 from gradwire_stage.randomness import Randomness
+
+if TYPE_CHECKING:
+    from gradwire_stage.group.tensor_group import Shards
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,13 @@ class Scope:
         step: int,
         micro_batch: int,
         precision: torch.dtype | None,
+        group: Shards | None = None,
+        *,
+        writes: bool = False,
     ) -> None:
+        """group: of the pass, where there are several shards. writes: whether a node writes to the value of another."""
+        self.writes = writes
+        self._group = group
         self._regions = regions
         self._device = device
         self._randomness = randomness
@@ -70,6 +81,13 @@ class Scope:
         self._leave()
         if self._around is not None:
             self._around.close()
+
+    @property
+    def group(self) -> Shards:
+        """The servers that run group operators together."""
+        if self._group is None:
+            raise InternalError("A segment for tensor-parallel servers was run without the others")
+        return self._group
 
     def enter(self, number: int) -> None:
         """Enter region `number`, after leaving the one before."""
@@ -99,3 +117,8 @@ def enter(scope: Scope, number: int) -> None:
 def seed(scope: Scope, node: int) -> None:
     """Seed for a random operator; called from generated code."""
     scope.seed(node)
+
+
+def autocast_type(device: torch.device) -> torch.dtype | None:
+    """Return the type of the autocast region that is entered; None if there is none."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None

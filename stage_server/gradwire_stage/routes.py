@@ -24,6 +24,7 @@ class Input:
     gradient_codecs: Mapping[str, pb.Codec]  # by that server
     gradient_from: int | None  # the stage whose gradient is added here
     readers: int  # segments of the same graph on this server that read this message
+    spread: int | None  # the dimension of which it travels in parts, and its gradient; None: as it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class Output:
     servers: tuple[str, ...]
     codecs: Mapping[str, pb.Codec]  # by server
     gradient_from: int  # the first consumer's stage
+    spread: int | None  # as of an input
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,7 @@ def routes_of(request: stage_pb2.PrepareRequest, server_of_stage: Mapping[int, s
                     gradient_codecs={} if value.from_batch else codecs([value.gradient_to_stage], segment.stage),
                     gradient_from=value.gradient_from_stage if value.HasField("gradient_from_stage") else None,
                     readers=readers[segment.graph, value.from_batch, _source(value), value.value],
+                    spread=value.spread_dimension if value.HasField("spread_dimension") else None,
                 )
                 for value in segment.incoming
             ),
@@ -86,6 +89,7 @@ def routes_of(request: stage_pb2.PrepareRequest, server_of_stage: Mapping[int, s
                     servers=tuple(dict.fromkeys(server_of_stage[stage] for stage in made.consumer_stages)),
                     codecs={} if made.exact else codecs(made.consumer_stages),
                     gradient_from=made.consumer_stages[0],
+                    spread=made.spread_dimension if made.HasField("spread_dimension") else None,
                 )
                 for made in segment.outgoing
             ),

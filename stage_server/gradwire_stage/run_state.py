@@ -48,6 +48,7 @@ from gradwire_stage.routes import routes_of
 from gradwire_stage.segment import BuiltSegment
 from gradwire_stage.shared_memory import SharedMemory
 from gradwire_stage.shared_receiver import SharedReceiver
+from gradwire_stage.torch_transport import TorchTransport, make_torch_transports
 
 # In an activity.
 _SHOWN_PEERS = 64
@@ -120,12 +121,18 @@ class RunState:
             for name, tensor in self.tensors.items()
             if isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad
         }
+        # Of which this server has a part.
+        self.split_names = frozenset(
+            name for name, placement in self.placements.items() if placement.spec.HasField("split")
+        )
         self.holders = {
             name: self.places.holders(placement.holder_stages) for name, placement in self.placements.items()
         }
         self.segments = {
             (segment.graph, segment.stage): BuiltSegment(
-                segment, self.tensors, device.torch_device, request.seed, TORCH_TYPES.get(request.precision), operators
+                *(segment, self.tensors, device.torch_device, request.seed, TORCH_TYPES.get(request.precision)),
+                custom=operators,
+                shards=self.places.shards,
             )
             for segment in request.segments
         }
@@ -136,6 +143,8 @@ class RunState:
         self.routes = routes_of(request, self.places.server_of_stage)
         # The stage that makes the loss, by graph, where it is here.
         self.loss_stage = {segment.graph: segment.stage for segment in request.segments if segment.loss}
+        # What moves the sums of shards, and those of replicas, where that is not messages.
+        self.shard_transport, self.replica_transport = make_torch_transports(self, request)
         self.agreement = make_agreement(self, request)
         self.optimizer = StageOptimizer(request.optimizer, self.agreement.updated)
         # Of the generation before, until the first entry has taken it over.
@@ -147,10 +156,10 @@ class RunState:
         self.checkpoints = CheckpointWriter(
             self.checkpoint_root,
             stage=self.first_stage,
-            who=f"{stage_names(self.stages)} (server {server})",
+            who=f"{self.name} (server {server})",
             advance=self.progress.advance,
         )
-        self.metrics = metrics.of_run(self.run, self.stages, self.replica)
+        self.metrics = metrics.of_run(self.run, self.stages, self.replica, self.places.shard)
         self._dropped = metrics.dropped
         self.checksums = request.checksums
         self._arrivals = Arrivals(request, self.places)
@@ -185,6 +194,11 @@ class RunState:
         )
         self.metrics.start()
         self.metrics.parameter_bytes(self.state_bytes)
+
+    @property
+    def name(self) -> str:
+        """What errors call this server: "stage 2", and its shard where there are several."""
+        return stage_names(self.stages, None, self.places.shard if self.places.shards > 1 else None)
 
     def note_frame(self, direction: pb.Direction) -> None:
         """Count a frame that has come: a large message on a slow link is progress, too."""
@@ -267,7 +281,8 @@ class RunState:
 
     def _wait(self) -> tuple[stage_pb2.Wait | None, float]:
         """Return what the compute thread waits for, and since when (time.monotonic)."""
-        waiting = self.mailbox.waiting
+        transports = (each.waiting for each in self._torch_transports)
+        waiting = next((wait for wait in (self.mailbox.waiting, *transports) if wait is not None), None)
         if waiting is not None:
             key = waiting.key
             from_client = key.direction in FROM_CLIENT
@@ -287,6 +302,10 @@ class RunState:
         if since is not None:
             return stage_pb2.Wait(kind=stage_pb2.WAIT_KIND_DISK, server=self.server, stage=self.first_stage), since
         return None, 0.0
+
+    @property
+    def _torch_transports(self) -> list[TorchTransport]:
+        return [each for each in (self.shard_transport, self.replica_transport) if each is not None]
 
     @contextmanager
     def _pause(self) -> Iterator[None]:
@@ -310,6 +329,8 @@ class RunState:
         self.checkpoints.close(reason)
         self.shared.close()
         self.peers.cancel()
+        for transport in self._torch_transports:
+            transport.abort()
 
     def finish(self, reason: GradwireError) -> None:
         """Let what was sent arrive, then close everything; late calls end with `reason`."""
@@ -323,6 +344,8 @@ class RunState:
         """Let go of everything that takes memory, and of the run's metrics. After the compute thread's last use."""
         self.kept = None
         self.agreement.close()
+        for transport in self._torch_transports:
+            transport.close()
         self.segments.clear()
         self.tensors.clear()
         self.parameters.clear()
@@ -336,10 +359,6 @@ class RunState:
         """
         updater = self.placements[name].parameter_server
         return (updater or self.holders[name][0][1]) == self.server
-
-    def answers_for(self, name: str) -> bool:
-        """Whether this server gives a tensor to the client and to checkpoints: one of all servers does."""
-        return self.places.leads and self.owns(name)
 
     def _content(self, message: Message) -> Incoming:
         header = message.header

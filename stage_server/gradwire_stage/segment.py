@@ -13,10 +13,11 @@ from typing import Any, NamedTuple, Self
 
 import torch
 
-from gradwire_protocol.errors import InternalError, ModelError
+from gradwire_protocol.errors import GradwireError, InternalError, ModelError
 from gradwire_protocol.v1 import stage_pb2 as pb
 from gradwire_stage.buffers import BufferVersions
 from gradwire_stage.failures import located
+from gradwire_stage.group.tensor_group import Shards
 from gradwire_stage.randomness import Randomness
 from gradwire_stage.rebuild import Rebuilt, value_names
 from gradwire_stage.recomputation import Inputs, drop_saved_tensors
@@ -51,11 +52,13 @@ class BuiltSegment:
         seed: int,
         precision: torch.dtype | None = None,
         custom: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
+        shards: int = 1,
     ) -> None:
         """`tensors` is the server's store, by tensor name; a pass replaces the buffers that it changes in it.
 
         precision: run forwards under autocast to this type. custom: operators that are admitted besides the
-        allow-list, by target. ModelError for anything that is not allowed or does not fit together.
+        allow-list, by target. shards: servers that run it together. ModelError for anything that is not allowed or does
+        not fit together.
         """
         self._parts = _Parts.of(segment)
         self._tensors = tensors
@@ -78,35 +81,44 @@ class BuiltSegment:
         wanted = [item.value for item in segment.outgoing] + [item.value for item in segment.results]
         wanted += [value for value in (segment.loss, segment.loss_weight) if value] + list(self._updates)
         self._outputs = tuple(dict.fromkeys(wanted))
-        self._rebuilt = Rebuilt(segment.nodes, uses, self._incoming, self._outputs, device, custom)
+        self._rebuilt = Rebuilt(segment.nodes, uses, self._incoming, self._outputs, device, custom, shards)
         self._buffers = BufferVersions(tensors, (name for name in segment.mutated_tensors if name in uses))
         self._randomness = Randomness(seed, device)
         self._precision = precision
+        self._writes = any(node.mutated_arguments or node.mutated_keyword_arguments for node in segment.nodes)
 
     def forward(
-        self, values: Mapping[str, Value], *, step: int, micro_batch: int, record: bool, keep: bool = True
+        self,
+        values: Mapping[str, Value],
+        *,
+        step: int,
+        micro_batch: int,
+        record: bool,
+        keep: bool = True,
+        group: Shards | None = None,
     ) -> SegmentPass:
         """Run the nodes on a micro-batch.
 
         `values` holds the incoming values; a tensor among them that requires grad gets its gradient back from
         `SegmentPass.backward`. Without `record` nothing is kept for a backward pass. With it, but without `keep`,
-        only the inputs are kept: `again` makes the pass that has a backward.
+        only the inputs are kept: `again` makes the pass that has a backward. group: the servers that run it together,
+        for this pass.
         """
         missing = [value for value in self._incoming if value not in values]
         if missing:
             raise InternalError(f"A segment was run without its incoming values {', '.join(missing)}")
         inputs = Inputs(dict(values), tuple(self._tensors[name] for name in self._names), step, micro_batch)
         with contextlib.nullcontext() if keep else drop_saved_tensors():
-            made, changed = self._run(inputs, record)
+            made, changed = self._run(inputs, record, group)
         self._buffers.commit(changed)
         return made if keep else made.without_backward(inputs)
 
-    def again(self, inputs: Inputs) -> SegmentPass:
+    def again(self, inputs: Inputs, group: Shards | None = None) -> SegmentPass:
         """Run a pass again, exactly as it ran, for its backward. Buffers change only once for a pass: not here."""
-        made, _ = self._run(inputs, record=True)
+        made, _ = self._run(inputs, True, group)
         return made
 
-    def _run(self, inputs: Inputs, record: bool) -> tuple[SegmentPass, dict[str, torch.Tensor]]:
+    def _run(self, inputs: Inputs, record: bool, group: Shards | None) -> tuple[SegmentPass, dict[str, torch.Tensor]]:
         """Run the nodes; return the pass, and the new versions of the buffers that it changed."""
         gradients: dict[str, torch.Tensor] = {}
         entering: dict[str, Value] = {}
@@ -118,13 +130,18 @@ class BuiltSegment:
         with (
             torch.set_grad_enabled(record),
             Scope(
-                self._rebuilt.regions, self._device, self._randomness, inputs.step, inputs.micro_batch, self._precision
+                *(self._rebuilt.regions, self._device, self._randomness, inputs.step, inputs.micro_batch),
+                precision=self._precision,
+                group=group,
+                writes=self._writes,
             ) as scope,
         ):
             for name in self._incoming:
                 entering[name] = self._enter(name, inputs.values[name], record, gradients)
             try:
                 made = self._rebuilt.call(scope, *own, *entering.values())
+            except GradwireError:
+                raise  # of what servers do together, or of the run
             except Exception as error:
                 raise located(error, self._rebuilt.nodes, "A segment") from error
             for name in self._relayed:

@@ -11,6 +11,7 @@ import structlog
 
 from gradwire_protocol.channels import open_channel
 from gradwire_protocol.handover import default_directory
+from gradwire_protocol.roles import Served
 from gradwire_protocol.serving import Service, host_name
 from gradwire_protocol.v1 import coordinator_pb2
 from gradwire_stage.custom_operators import described, load_operators
@@ -64,7 +65,7 @@ def run_server(settings: StageSettings) -> None:
     )
     stage_service.add_to(service.server)
     service.start()
-    channel = dial(settings.coordinator)
+    channel = dial(settings.coordinator, serves=Served.COORDINATOR)
     membership = Membership(
         channel,
         settings.coordinator,

@@ -8,10 +8,12 @@ from typing import Annotated, Any, Literal
 from pydantic import DirectoryPath, Field, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
-from gradwire_protocol.channels import TlsFiles, parse_address
+from gradwire_protocol.channels import parse_address
 from gradwire_protocol.errors import GradwireError
+from gradwire_protocol.roles import Role
 from gradwire_protocol.serving import ServiceSettings
 from gradwire_protocol.settings import Settings, load_settings, tls_files
+from gradwire_protocol.tls_files import TlsFiles
 
 # Each stream of tensors, in either traffic class, keeps a thread of the pool while it is open.
 _WORKERS = 512
@@ -90,6 +92,7 @@ class StageSettings(Settings):
             advertise=self.advertise,
             metrics_listen=self.metrics_listen,
             tls=self.tls,
+            role=Role(self.role),
             insecure=self.insecure,
             ready_fd=self.ready_fd,
             workers=_WORKERS,

@@ -16,7 +16,9 @@ from gradwire_protocol.v1 import tensors_pb2 as pb
 from gradwire_stage import timeline as phases
 from gradwire_stage.checkpoint_writer import Copied, CopiedTensor
 from gradwire_stage.exchange.state import SharedState
+from gradwire_stage.group.whole import WholeTensors
 from gradwire_stage.keys import Key
+from gradwire_stage.optimizer import StateValue
 from gradwire_stage.run_state import RunState
 from gradwire_stage.taking import take_tensor
 from gradwire_stage.timeline import Timeline
@@ -30,7 +32,7 @@ def save_state(
 ) -> None:
     """Copy what is saved and owned here, and have it written; waits for the write before, if that is not done.
 
-    One of the replicas writes; the others give it what they hold of the optimizer's state.
+    One of the replicas writes, and of its shards one; the others give it what they hold.
     """
     save = entry.save_state
     keys = {
@@ -42,6 +44,15 @@ def save_state(
     if not run.places.leads:
         run.progress.doing = "giving its part of the optimizer's state"
         shared.give(keys)
+        return
+    whole = WholeTensors(run, timeline, entry.number, "state")
+    if not run.places.answers:
+        run.progress.doing = "giving its part of the state"
+        for name in keys:
+            run.check()
+            for state, value in _values(run, name, shared):
+                whole.of_state(name, state, value)
+            run.progress.advance()
         return
     if run.checkpoints.writing:
         run.progress.doing = "waiting for the checkpoint before this one to be written"
@@ -59,14 +70,21 @@ def save_state(
     timeline.switch(phases.ENCODE)
     for name, key in keys.items():
         run.check()
-        copied.model.append(_copy(run, key, run.tensors[name]))
-        for state, value in shared.of(name).items():
-            if isinstance(value, torch.Tensor):
+        for state, part in _values(run, name, shared):
+            value = whole.of_state(name, state, part)
+            if not isinstance(value, torch.Tensor):
+                copied.numbers.append(_number(key, state, value))
+            elif state:
                 copied.optimizer.append(_copy(run, f"{key}/{state}", value))
             else:
-                copied.numbers.append(_number(key, state, value))
+                copied.model.append(_copy(run, key, value))
         run.progress.advance()
     run.checkpoints.start(copied, on_saved)
+
+
+def _values(run: RunState, name: str, shared: SharedState) -> list[tuple[str, StateValue]]:
+    """Return a tensor, under no name, and then the optimizer's values for it by name."""
+    return [("", run.tensors[name]), *shared.of(name).items()]
 
 
 def is_saved(spec: graph_pb2.TensorSpec) -> bool:

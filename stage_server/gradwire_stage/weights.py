@@ -12,13 +12,14 @@ import torch
 
 from gradwire_protocol.errors import SettingsError
 from gradwire_protocol.relative_paths import check_inside, check_relative
+from gradwire_protocol.splits import whole_spec
 from gradwire_protocol.torch_tensors import tensor_from_file
 from gradwire_protocol.v1 import graph_pb2, run_pb2
 from gradwire_protocol.weight_files import open_tensor_files, reads_from_files
 
 
 class ServerWeights:
-    """The tensors that one LoadState entry has this server read; none, if it names no directory.
+    """The tensors that one LoadState entry has this server read, whole; none, if it names no directory.
 
     Making it finds and checks them all, and reads none. SettingsError or DataError names the file, tensor and remedy.
     """
@@ -44,7 +45,7 @@ class ServerWeights:
             )
         files = open_tensor_files(directory, root=root)
         self._stored = {
-            spec.name: files.find(spec, load.weights_prefix)
+            spec.name: files.find(whole_spec(spec), load.weights_prefix)
             for spec in specs
             if reads_from_files(spec, load.weights_prefix)
         }

@@ -44,7 +44,9 @@ class RunCheckpoints:
         """tensors: TensorSpec.name to the user's own; constants and the like are kept, being in no checkpoint."""
         self._session = session
         self._names = names
-        replicas = {server.replica for server in session.servers}
+        # Servers that share a stage owe each other's replicas parts, which no checkpoint has.
+        sharded = any(server.shard for server in session.servers)
+        replicas = set() if sharded else {server.replica for server in session.servers}
         self._contents = RunContents(names, optimizer, model, seed, replicas)
         self._saves = Saves()
         held = dict.fromkeys(name for server in session.servers for name in server.tensors)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 import gradwire
+from gradwire.cli.certs import certs
 from gradwire.cli.plan import plan
 from gradwire.cli.sample import sample
 from gradwire.cli.status import status
@@ -40,6 +41,7 @@ app.command()(up)
 app.command()(status)
 app.command()(sample)
 app.command()(verify)
+app.add_typer(certs, name="certs")
 
 
 def _show_version(wanted: bool) -> None:

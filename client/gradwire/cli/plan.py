@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from gradwire.cli.flags import with_flags
+from gradwire.cli.grid_view import grid_view
 from gradwire.cli.options import read_cuts
 from gradwire.cli.plan_view import picture_titles, plan_lines, plan_view
 from gradwire.cluster import Cluster, connect
@@ -32,17 +33,25 @@ from gradwire.timeline_drawing import TimedAction, svg_timeline
 from gradwire.timeline_png import check_available, png_timeline
 from gradwire_protocol.errors import PlanError, SettingsError
 from gradwire_protocol.settings import tls_files
+from gradwire_protocol.v1 import coordinator_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from gradwire.grid_search import GridSearch
     from gradwire.plan import Plan
     from gradwire.run_plan import RunPlan
 
+_GRID = ("stages", "replicas", "tensor")
+# Of a local cluster.
+_AUTO_SERVERS = 4
 _MODEL = ("layers", "width", "heads", "context", "batch")
 _LAYOUT = (
     "stages",
     "replicas",
+    "tensor",
+    "tensor_plan",
+    "transport",
     "microbatches",
     "schedule",
     "virtual_stages",
@@ -80,6 +89,12 @@ def plan(
     ] = None,
     svg: Annotated[Path | None, typer.Option(help="Draw the step to this file, as SVG")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw the step to this file, as PNG; needs the extra `plot`")] = None,
+    auto: Annotated[
+        bool, typer.Option("--auto", help="Plan every grid of stages × replicas × tensor for --servers; show the best")
+    ] = False,
+    servers: Annotated[
+        int | None, typer.Option(min=1, help="Stage servers, for --auto [default: all that are free, or 4]")
+    ] = None,
     json: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write the whole plan to this file, as JSON; -: only print that")
     ] = None,
@@ -93,6 +108,10 @@ def plan(
     """
     settings = load_job_settings(flags, config)
     asked = plan_of(settings, read_cuts(cuts))
+    if auto:
+        _check_no_grid_flags(flags, cuts)
+    elif servers is not None:
+        raise SettingsError("--servers is for --auto", expected="both, or neither", got=f"--servers {servers}")
     if file is not None:
         _check_no_model_flags(flags)
     if png is not None:
@@ -101,24 +120,27 @@ def plan(
     with ExitStack() as stack:
         if settings.coordinator is not None:
             cluster = stack.enter_context(connect(settings.coordinator, tls, insecure=settings.insecure))
-            found, name = _plan(file, settings, asked, cluster, None)
+            count = (servers or _free_servers(cluster)) if auto else None
+            search, found, name = _plan(file, settings, asked, cluster, None, count)
         else:
+            count = (servers or _AUTO_SERVERS) if auto else None
             # The servers start, and import torch, while this process does.
             processes = stack.enter_context(
                 LocalProcesses(
-                    stage_servers=servers_of(settings),
+                    stage_servers=count or servers_of(settings),
                     parameter_servers=parameter_servers_of(settings),
                     threads=settings.threads,
                 )
             )
             cluster = stack.enter_context(Cluster(processes.address))
-            found, name = _plan(file, settings, asked, cluster, processes)
+            search, found, name = _plan(file, settings, asked, cluster, processes, count)
     title, subtitle = picture_titles(found, name)
     if svg is not None:
         _write(svg, svg_timeline(_timeline(found), title, subtitle).encode())
     if png is not None:
         _write(png, png_timeline(_timeline(found), title, subtitle))
-    text = dumps(found.to_record(), indent=2) + "\n"
+    record = found.to_record() if search is None else {**search.to_record(), "plan": found.to_record()}
+    text = dumps(record, indent=2) + "\n"
     if json == _STANDARD_OUTPUT:
         print(text, end="")
         return
@@ -126,6 +148,9 @@ def plan(
         _write(Path(json), text.encode())
     # Where there is no terminal, nobody has a narrow one.
     console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _COLUMNS)
+    if search is not None:
+        console.print(grid_view(search, console.width))
+        console.print(f"\nwhy: {search.reason}\n", highlight=False, markup=False, soft_wrap=not console.is_terminal)
     for part in plan_view(found, name, console):
         console.print(part)
     console.print()
@@ -135,9 +160,14 @@ def plan(
 
 
 def _plan(
-    file: Path | None, settings: JobSettings, asked: Plan, cluster: Cluster, processes: LocalProcesses | None
-) -> tuple[RunPlan, str]:
-    """Return the plan, and what it is of."""
+    file: Path | None,
+    settings: JobSettings,
+    asked: Plan,
+    cluster: Cluster,
+    processes: LocalProcesses | None,
+    servers: int | None,
+) -> tuple[GridSearch | None, RunPlan, str]:
+    """Return the plan, and what it is of. servers: search the grids for so many, and return these, too."""
     # Imports torch: late, when the servers are on their way.
     from gradwire.job.subject import load_subject, reference_subject
 
@@ -146,9 +176,36 @@ def _plan(
     optimizer, batch = subject.make_optimizer(model), subject.make_batch()
     if processes is not None:
         processes.wait_registered(cluster)
-    found = cluster.plan(model, optimizer, loss=subject.loss, example=batch, plan=asked, precision=settings.precision)
+    what: dict[str, Any] = {"loss": subject.loss, "example": batch, "plan": asked, "precision": settings.precision}
     name = f"GPT, {settings.layers} layers of {settings.width}" if file is None else file.name
-    return found, name
+    if servers is None:
+        return None, cluster.plan(model, optimizer, **what), name
+    search = cluster.search_grids(model, optimizer, servers=servers, **what)
+    return search, search.plan, name
+
+
+def _free_servers(cluster: Cluster) -> int:
+    stage_servers = [server for server in cluster.status().servers if server.role == coordinator_pb2.SERVER_ROLE_STAGE]
+    free = sum(not server.activity.run for server in stage_servers)
+    if not free:
+        raise PlanError(
+            "No stage server is free",
+            expected="one or more",
+            got=f"{len(stage_servers)} registered, all busy",
+            remedy="start more with gradwire-stage-server, or wait for other runs to end",
+        )
+    return free
+
+
+def _check_no_grid_flags(flags: Mapping[str, Any], cuts: str | None) -> None:
+    given = [name for name in _GRID if flags.get(name) is not None] + (["cuts"] if cuts is not None else [])
+    if given:
+        raise SettingsError(
+            f"--auto finds the grid itself, so it cannot be told --{given[0]}",
+            expected="--auto with --servers, or a grid",
+            got=f"--auto and --{given[0]}",
+            remedy="leave one of both out",
+        )
 
 
 def _check_no_model_flags(flags: Mapping[str, Any]) -> None:

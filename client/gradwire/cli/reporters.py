@@ -12,7 +12,7 @@ from typing import Any, Self
 from gradwire.boundaries import boundary_lines
 from gradwire.job.reporter import Beginning, StepRecord, Validation
 from gradwire.progress import ProgressBar
-from gradwire.run_plan import module_names, replica_lines
+from gradwire.run_plan import grid_lines, module_names
 from gradwire.units import shown_seconds
 
 _LINE_SECONDS = 5.0
@@ -128,7 +128,7 @@ def describe_beginning(beginning: Beginning) -> Iterator[str]:
         first_module, last_module = module_names(plan, stage)
         sent = f", {stage.boundary_bytes / 2**20:.2f} MiB a step to later stages" if stage.stage < last else ""
         yield f"  stage {stage.stage}: {first_module} … {last_module}, {stage.parameters:,} parameters{sent}"
-    for line in itertools.chain(boundary_lines(plan), replica_lines(plan)):
+    for line in itertools.chain(boundary_lines(plan), grid_lines(plan)):
         yield f"  {line}"
 
 

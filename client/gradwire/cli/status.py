@@ -14,7 +14,7 @@ from gradwire.boundaries import boundary_lines
 from gradwire.cli.options import Coordinator, Insecure, TlsAuthority, TlsCertificate, TlsKey
 from gradwire.cluster import connect
 from gradwire.plain import to_plain
-from gradwire.run_plan import RunPlan, replica_lines
+from gradwire.run_plan import RunPlan, grid_lines
 from gradwire_protocol.activities import stage_lines
 from gradwire_protocol.settings import tls_files
 from gradwire_protocol.v1 import coordinator_pb2, stage_pb2
@@ -33,7 +33,7 @@ def status(
     """Show the servers of a cluster, what they do, and the runs."""
     with connect(coordinator, tls_files(tls_authority, tls_certificate, tls_key), insecure=insecure) as cluster:
         reply = cluster.status()
-    lines_of = stage_lines(_activities(reply), _replicas(reply).get)
+    lines_of = stage_lines(_activities(reply), _replicas(reply).get, _shards(reply).get)
     if json:
         print(dumps({**to_plain(reply), "activities": lines_of}))
         return
@@ -44,7 +44,7 @@ def status(
     for known in reply.runs:
         if known.state in _LIVE:
             plan = RunPlan.from_proto(known.plan)
-            for line in itertools.chain(boundary_lines(plan), replica_lines(plan)):
+            for line in itertools.chain(boundary_lines(plan), grid_lines(plan)):
                 console.print(f"{known.run}: {line}", highlight=False, markup=False, soft_wrap=True)
     for run, lines in lines_of.items():
         console.print(f"\n{run}", highlight=False, style="bold")
@@ -67,18 +67,28 @@ def _replicas(reply: coordinator_pb2.GetStatusReply) -> dict[str, int]:
     }
 
 
+def _shards(reply: coordinator_pb2.GetStatusReply) -> dict[str, int]:
+    """Return the shard of each server whose run has several servers a stage."""
+    return {
+        server.server: server.shard
+        for known in reply.runs
+        if known.state in _LIVE and known.plan.HasField("tensor")
+        for server in known.plan.prediction.servers
+    }
+
+
 def _servers(reply: coordinator_pb2.GetStatusReply) -> Table:
-    replicas = _replicas(reply)
+    replicas, shards = _replicas(reply), _shards(reply)
     table = Table("server", "address", "device", "run", "stages", "heard", title="Servers", title_justify="left")
     for server in reply.servers:
-        device = (
-            f"{server.device.kind}, {server.device.threads} threads" if server.device.threads else server.device.kind
-        )
+        threads = server.device.threads
+        device = f"{server.device.kind}, {threads} thread{'s' * (threads != 1)}" if threads else server.device.kind
         stages = ", ".join(map(str, server.activity.stages))
         if server.role == coordinator_pb2.SERVER_ROLE_PARAMETER:
             stages = "parameters"
-        elif server.server in replicas:
-            stages += f" of replica {replicas[server.server]}"
+        else:
+            stages += f" (shard {shards[server.server]})" if server.server in shards else ""
+            stages += f" of replica {replicas[server.server]}" if server.server in replicas else ""
         heard = f"{server.silent_seconds:.1f} s ago"
         run = server.activity.run or "free"
         table.add_row(server.server, server.address, device, run, stages, heard)

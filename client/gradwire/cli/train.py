@@ -127,7 +127,7 @@ def _check_servers(cluster: Cluster, needed: int) -> None:
             "There are fewer stage servers than the plan takes",
             expected=f"{needed} stage servers at {cluster.address}",
             got=str(servers),
-            remedy="start more stage servers, or give fewer --stages or --replicas",
+            remedy="start more stage servers, or give fewer --stages, --replicas or --tensor",
         )
 
 

@@ -17,7 +17,15 @@ from rich.table import Table
 from gradwire.cli.options import Insecure, TlsAuthority, TlsCertificate, TlsKey, read_cuts
 from gradwire.cluster import Cluster, connect
 from gradwire.collector import collector_paused
-from gradwire.job.settings import ENVIRONMENT_PREFIX, ScheduleName
+from gradwire.job.settings import (
+    ENVIRONMENT_PREFIX,
+    TENSOR_HELP,
+    TENSOR_PLAN_HELP,
+    TRANSPORT_HELP,
+    ScheduleName,
+    TensorPlanName,
+    TransportName,
+)
 from gradwire.local_cluster import LocalProcesses
 from gradwire.plan import Plan
 from gradwire_protocol.errors import SettingsError
@@ -43,6 +51,9 @@ def verify(
     ] = None,
     stages: Annotated[int, typer.Option(min=1, help="Stage servers of the pipeline")] = 2,
     replicas: Annotated[int, typer.Option(min=1, help="Copies of the pipeline that see other data")] = 1,
+    tensor: Annotated[int, typer.Option(min=1, help=TENSOR_HELP)] = 1,
+    tensor_plan: Annotated[TensorPlanName, typer.Option(help=TENSOR_PLAN_HELP)] = "auto",
+    transport: Annotated[TransportName, typer.Option(help=TRANSPORT_HELP)] = "auto",
     microbatches: Annotated[int, typer.Option(min=1, help="Micro-batches, over all replicas")] = 4,
     schedule: Annotated[ScheduleName, typer.Option(help="Order of the work on each server")] = "auto",
     virtual_stages: Annotated[
@@ -99,6 +110,9 @@ def verify(
     plan = Plan(
         stages=stages,
         replicas=replicas,
+        tensor=tensor,
+        tensor_plan=tensor_plan,
+        transport=transport,
         microbatches=microbatches,
         schedule=schedule,
         virtual_stages=virtual_stages,
@@ -111,7 +125,7 @@ def verify(
             found = _verify(file, cluster, None, plan, settings)
         else:
             # The servers start, and import torch, while this process does.
-            processes = stack.enter_context(LocalProcesses(stage_servers=stages * replicas, threads=threads))
+            processes = stack.enter_context(LocalProcesses(stage_servers=stages * replicas * tensor, threads=threads))
             cluster = stack.enter_context(Cluster(processes.address))
             found = _verify(file, cluster, processes, plan, settings)
     if json:

@@ -18,6 +18,11 @@ from gradwire_protocol.settings import Settings, load_settings
 
 ENVIRONMENT_PREFIX = "GRADWIRE_"
 ScheduleName = Literal["auto", "gpipe", "1f1b", "interleaved-1f1b", "zb-h1", "zb-v"]
+TensorPlanName = Literal["auto", "gpt", "gpt2", "llama"]
+TransportName = Literal["auto", "grpc", "gloo", "nccl"]
+TENSOR_HELP = "Servers of each stage, which share its weights and its work"
+TENSOR_PLAN_HELP = "How the servers of a stage split its weights: a plan for a known model, or auto"
+TRANSPORT_HELP = "What moves the sums of a stage's servers, and of replicas"
 
 
 class JobSettings(Settings):
@@ -42,6 +47,9 @@ class JobSettings(Settings):
     seed: int = Field(ge=0, lt=2**63, description="Of the first weights and of the order of the text")
     stages: int = Field(ge=1, description="Stage servers of the pipeline")
     replicas: int = Field(1, ge=1, description="Copies of the pipeline that see other data")
+    tensor: int = Field(1, ge=1, description=TENSOR_HELP)
+    tensor_plan: TensorPlanName = Field("auto", description=TENSOR_PLAN_HELP)
+    transport: TransportName = Field("auto", description=TRANSPORT_HELP)
     microbatches: int = Field(ge=1, description="Micro-batches a step, over all replicas")
     schedule: ScheduleName = Field(description="Order of the work on each server")
     virtual_stages: int = Field(1, ge=1, le=16, description="Stages on each server; some schedules need 2")
@@ -90,7 +98,7 @@ def load_job_settings(flags: Mapping[str, Any], config: Path | None = None) -> J
 
 def servers_of(settings: JobSettings) -> int:
     """Return how many stage servers the job takes."""
-    return settings.stages * settings.replicas
+    return settings.stages * settings.replicas * settings.tensor
 
 
 def parameter_servers_of(settings: JobSettings) -> int:
@@ -104,6 +112,9 @@ def plan_of(settings: JobSettings, cuts: Sequence[int | str] | None = None) -> P
     return Plan(
         stages=settings.stages,
         replicas=settings.replicas,
+        tensor=settings.tensor,
+        tensor_plan=settings.tensor_plan,
+        transport=settings.transport,
         exchange=settings.exchange,
         every=settings.every,
         parameter_servers=settings.parameter_servers,

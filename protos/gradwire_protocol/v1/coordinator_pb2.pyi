@@ -120,7 +120,7 @@ class InputUse(_message.Message):
     def __init__(self, graph: _Optional[_Union[_graph_pb2.GraphKind, str]] = ..., values: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ServerLayout(_message.Message):
-    __slots__ = ("server", "address", "stages", "replica", "tensors", "inputs", "results", "owned_tensors", "parameter_server")
+    __slots__ = ("server", "address", "stages", "replica", "tensors", "inputs", "results", "owned_tensors", "parameter_server", "shard")
     SERVER_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
@@ -130,6 +130,7 @@ class ServerLayout(_message.Message):
     RESULTS_FIELD_NUMBER: _ClassVar[int]
     OWNED_TENSORS_FIELD_NUMBER: _ClassVar[int]
     PARAMETER_SERVER_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
     server: str
     address: str
     stages: _containers.RepeatedScalarFieldContainer[int]
@@ -139,7 +140,8 @@ class ServerLayout(_message.Message):
     results: _containers.RepeatedScalarFieldContainer[str]
     owned_tensors: _containers.RepeatedScalarFieldContainer[str]
     parameter_server: bool
-    def __init__(self, server: _Optional[str] = ..., address: _Optional[str] = ..., stages: _Optional[_Iterable[int]] = ..., replica: _Optional[int] = ..., tensors: _Optional[_Iterable[str]] = ..., inputs: _Optional[_Iterable[_Union[InputUse, _Mapping]]] = ..., results: _Optional[_Iterable[str]] = ..., owned_tensors: _Optional[_Iterable[str]] = ..., parameter_server: bool = ...) -> None: ...
+    shard: int
+    def __init__(self, server: _Optional[str] = ..., address: _Optional[str] = ..., stages: _Optional[_Iterable[int]] = ..., replica: _Optional[int] = ..., tensors: _Optional[_Iterable[str]] = ..., inputs: _Optional[_Iterable[_Union[InputUse, _Mapping]]] = ..., results: _Optional[_Iterable[str]] = ..., owned_tensors: _Optional[_Iterable[str]] = ..., parameter_server: bool = ..., shard: _Optional[int] = ...) -> None: ...
 
 class StageSummary(_message.Message):
     __slots__ = ("stage", "first_node", "nodes", "first_module", "last_module", "parameters", "estimated_seconds", "boundary_bytes", "codec", "codec_reason", "server", "forward_seconds", "backward_seconds", "input_gradient_seconds", "weight_gradient_seconds", "returned_bytes")
@@ -178,7 +180,7 @@ class StageSummary(_message.Message):
     def __init__(self, stage: _Optional[int] = ..., first_node: _Optional[int] = ..., nodes: _Optional[int] = ..., first_module: _Optional[str] = ..., last_module: _Optional[str] = ..., parameters: _Optional[int] = ..., estimated_seconds: _Optional[float] = ..., boundary_bytes: _Optional[int] = ..., codec: _Optional[_Union[_tensors_pb2.Codec, str]] = ..., codec_reason: _Optional[str] = ..., server: _Optional[int] = ..., forward_seconds: _Optional[float] = ..., backward_seconds: _Optional[float] = ..., input_gradient_seconds: _Optional[float] = ..., weight_gradient_seconds: _Optional[float] = ..., returned_bytes: _Optional[int] = ...) -> None: ...
 
 class ServerPrediction(_message.Message):
-    __slots__ = ("server", "device", "stages", "busy_seconds", "reduce_seconds", "update_seconds", "weight_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes", "replica")
+    __slots__ = ("server", "device", "stages", "busy_seconds", "reduce_seconds", "update_seconds", "weight_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes", "replica", "shard")
     SERVER_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
@@ -190,6 +192,7 @@ class ServerPrediction(_message.Message):
     OPTIMIZER_BYTES_FIELD_NUMBER: _ClassVar[int]
     ACTIVATION_BYTES_FIELD_NUMBER: _ClassVar[int]
     REPLICA_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
     server: str
     device: DeviceInfo
     stages: _containers.RepeatedScalarFieldContainer[int]
@@ -201,7 +204,8 @@ class ServerPrediction(_message.Message):
     optimizer_bytes: int
     activation_bytes: int
     replica: int
-    def __init__(self, server: _Optional[str] = ..., device: _Optional[_Union[DeviceInfo, _Mapping]] = ..., stages: _Optional[_Iterable[int]] = ..., busy_seconds: _Optional[float] = ..., reduce_seconds: _Optional[float] = ..., update_seconds: _Optional[float] = ..., weight_bytes: _Optional[int] = ..., gradient_bytes: _Optional[int] = ..., optimizer_bytes: _Optional[int] = ..., activation_bytes: _Optional[int] = ..., replica: _Optional[int] = ...) -> None: ...
+    shard: int
+    def __init__(self, server: _Optional[str] = ..., device: _Optional[_Union[DeviceInfo, _Mapping]] = ..., stages: _Optional[_Iterable[int]] = ..., busy_seconds: _Optional[float] = ..., reduce_seconds: _Optional[float] = ..., update_seconds: _Optional[float] = ..., weight_bytes: _Optional[int] = ..., gradient_bytes: _Optional[int] = ..., optimizer_bytes: _Optional[int] = ..., activation_bytes: _Optional[int] = ..., replica: _Optional[int] = ..., shard: _Optional[int] = ...) -> None: ...
 
 class LinkPrediction(_message.Message):
     __slots__ = ("stage", "forward_bytes_per_second", "backward_bytes_per_second", "round_trip_seconds", "measured", "reason")
@@ -284,7 +288,7 @@ class ServerTimeline(_message.Message):
     def __init__(self, actions: _Optional[_Iterable[_Union[TimedAction, _Mapping]]] = ...) -> None: ...
 
 class PlanSummary(_message.Message):
-    __slots__ = ("schedule", "extra_warm_up", "micro_batches", "stages", "theoretical_bubble_ratio", "virtual_stages", "replica_shares", "compression", "shards_optimizer", "zero_reason", "exchange", "compression_reason", "prediction")
+    __slots__ = ("schedule", "extra_warm_up", "micro_batches", "stages", "theoretical_bubble_ratio", "virtual_stages", "replica_shares", "compression", "shards_optimizer", "zero_reason", "exchange", "compression_reason", "prediction", "tensor", "transport", "transport_reason")
     SCHEDULE_FIELD_NUMBER: _ClassVar[int]
     EXTRA_WARM_UP_FIELD_NUMBER: _ClassVar[int]
     MICRO_BATCHES_FIELD_NUMBER: _ClassVar[int]
@@ -298,6 +302,9 @@ class PlanSummary(_message.Message):
     EXCHANGE_FIELD_NUMBER: _ClassVar[int]
     COMPRESSION_REASON_FIELD_NUMBER: _ClassVar[int]
     PREDICTION_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_REASON_FIELD_NUMBER: _ClassVar[int]
     schedule: str
     extra_warm_up: int
     micro_batches: int
@@ -311,7 +318,32 @@ class PlanSummary(_message.Message):
     exchange: str
     compression_reason: str
     prediction: Prediction
-    def __init__(self, schedule: _Optional[str] = ..., extra_warm_up: _Optional[int] = ..., micro_batches: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[StageSummary, _Mapping]]] = ..., theoretical_bubble_ratio: _Optional[float] = ..., virtual_stages: _Optional[int] = ..., replica_shares: _Optional[_Iterable[float]] = ..., compression: _Optional[str] = ..., shards_optimizer: bool = ..., zero_reason: _Optional[str] = ..., exchange: _Optional[str] = ..., compression_reason: _Optional[str] = ..., prediction: _Optional[_Union[Prediction, _Mapping]] = ...) -> None: ...
+    tensor: TensorSummary
+    transport: str
+    transport_reason: str
+    def __init__(self, schedule: _Optional[str] = ..., extra_warm_up: _Optional[int] = ..., micro_batches: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[StageSummary, _Mapping]]] = ..., theoretical_bubble_ratio: _Optional[float] = ..., virtual_stages: _Optional[int] = ..., replica_shares: _Optional[_Iterable[float]] = ..., compression: _Optional[str] = ..., shards_optimizer: bool = ..., zero_reason: _Optional[str] = ..., exchange: _Optional[str] = ..., compression_reason: _Optional[str] = ..., prediction: _Optional[_Union[Prediction, _Mapping]] = ..., tensor: _Optional[_Union[TensorSummary, _Mapping]] = ..., transport: _Optional[str] = ..., transport_reason: _Optional[str] = ...) -> None: ...
+
+class SplitParameter(_message.Message):
+    __slots__ = ("name", "split")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SPLIT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    split: str
+    def __init__(self, name: _Optional[str] = ..., split: _Optional[str] = ...) -> None: ...
+
+class TensorSummary(_message.Message):
+    __slots__ = ("servers", "parameters", "forward_exchanges", "backward_exchanges", "exchange_bytes")
+    SERVERS_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_EXCHANGES_FIELD_NUMBER: _ClassVar[int]
+    BACKWARD_EXCHANGES_FIELD_NUMBER: _ClassVar[int]
+    EXCHANGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    servers: int
+    parameters: _containers.RepeatedCompositeFieldContainer[SplitParameter]
+    forward_exchanges: int
+    backward_exchanges: int
+    exchange_bytes: int
+    def __init__(self, servers: _Optional[int] = ..., parameters: _Optional[_Iterable[_Union[SplitParameter, _Mapping]]] = ..., forward_exchanges: _Optional[int] = ..., backward_exchanges: _Optional[int] = ..., exchange_bytes: _Optional[int] = ...) -> None: ...
 
 class CreateRunReply(_message.Message):
     __slots__ = ("run", "generation", "servers", "plan", "timeline")

@@ -191,7 +191,7 @@ class Node(_message.Message):
     def __init__(self, name: _Optional[str] = ..., target: _Optional[str] = ..., arguments: _Optional[_Iterable[_Union[Argument, _Mapping]]] = ..., keyword_arguments: _Optional[_Iterable[_Union[NamedArgument, _Mapping]]] = ..., module_path: _Optional[str] = ..., source: _Optional[str] = ..., no_grad: bool = ..., autocast: _Optional[_Iterable[_Union[Autocast, _Mapping]]] = ..., mutated_arguments: _Optional[_Iterable[int]] = ..., mutated_keyword_arguments: _Optional[_Iterable[str]] = ..., random: bool = ..., output: _Optional[_Union[ValueSpec, _Mapping]] = ..., flops: _Optional[_Union[AffineSize, _Mapping]] = ..., bytes: _Optional[_Union[AffineSize, _Mapping]] = ...) -> None: ...
 
 class TensorSpec(_message.Message):
-    __slots__ = ("name", "names", "kind", "persistent", "requires_grad", "data_type", "shape")
+    __slots__ = ("name", "names", "kind", "persistent", "requires_grad", "data_type", "shape", "split")
     NAME_FIELD_NUMBER: _ClassVar[int]
     NAMES_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -199,6 +199,7 @@ class TensorSpec(_message.Message):
     REQUIRES_GRAD_FIELD_NUMBER: _ClassVar[int]
     DATA_TYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
+    SPLIT_FIELD_NUMBER: _ClassVar[int]
     name: str
     names: _containers.RepeatedScalarFieldContainer[str]
     kind: TensorKind
@@ -206,7 +207,16 @@ class TensorSpec(_message.Message):
     requires_grad: bool
     data_type: _tensors_pb2.DataType
     shape: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, name: _Optional[str] = ..., names: _Optional[_Iterable[str]] = ..., kind: _Optional[_Union[TensorKind, str]] = ..., persistent: bool = ..., requires_grad: bool = ..., data_type: _Optional[_Union[_tensors_pb2.DataType, str]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+    split: TensorSplit
+    def __init__(self, name: _Optional[str] = ..., names: _Optional[_Iterable[str]] = ..., kind: _Optional[_Union[TensorKind, str]] = ..., persistent: bool = ..., requires_grad: bool = ..., data_type: _Optional[_Union[_tensors_pb2.DataType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., split: _Optional[_Union[TensorSplit, _Mapping]] = ...) -> None: ...
+
+class TensorSplit(_message.Message):
+    __slots__ = ("dimension", "sections")
+    DIMENSION_FIELD_NUMBER: _ClassVar[int]
+    SECTIONS_FIELD_NUMBER: _ClassVar[int]
+    dimension: int
+    sections: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, dimension: _Optional[int] = ..., sections: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class TensorUse(_message.Message):
     __slots__ = ("value", "tensor")

@@ -33,7 +33,7 @@ ACTION_KIND_GATHER: ActionKind
 ACTION_KIND_AVERAGE: ActionKind
 
 class Plan(_message.Message):
-    __slots__ = ("stages", "replicas", "tensor", "micro_batches", "schedule", "window", "cuts", "expected_rows", "recompute", "precision", "activation_compression", "stall_seconds", "step_seconds", "checksums", "virtual_stages", "exchange", "compression", "zero")
+    __slots__ = ("stages", "replicas", "tensor", "micro_batches", "schedule", "window", "cuts", "expected_rows", "recompute", "precision", "activation_compression", "stall_seconds", "step_seconds", "checksums", "virtual_stages", "exchange", "compression", "zero", "tensor_plan", "transport")
     STAGES_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     TENSOR_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +52,8 @@ class Plan(_message.Message):
     EXCHANGE_FIELD_NUMBER: _ClassVar[int]
     COMPRESSION_FIELD_NUMBER: _ClassVar[int]
     ZERO_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_PLAN_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     stages: int
     replicas: int
     tensor: int
@@ -70,7 +72,17 @@ class Plan(_message.Message):
     exchange: str
     compression: str
     zero: str
-    def __init__(self, stages: _Optional[int] = ..., replicas: _Optional[int] = ..., tensor: _Optional[int] = ..., micro_batches: _Optional[int] = ..., schedule: _Optional[str] = ..., window: _Optional[int] = ..., cuts: _Optional[_Iterable[int]] = ..., expected_rows: _Optional[int] = ..., recompute: bool = ..., precision: _Optional[_Union[_tensors_pb2.DataType, str]] = ..., activation_compression: _Optional[_Iterable[str]] = ..., stall_seconds: _Optional[float] = ..., step_seconds: _Optional[float] = ..., checksums: bool = ..., virtual_stages: _Optional[int] = ..., exchange: _Optional[str] = ..., compression: _Optional[str] = ..., zero: _Optional[str] = ...) -> None: ...
+    tensor_plan: _containers.RepeatedCompositeFieldContainer[TensorRule]
+    transport: str
+    def __init__(self, stages: _Optional[int] = ..., replicas: _Optional[int] = ..., tensor: _Optional[int] = ..., micro_batches: _Optional[int] = ..., schedule: _Optional[str] = ..., window: _Optional[int] = ..., cuts: _Optional[_Iterable[int]] = ..., expected_rows: _Optional[int] = ..., recompute: bool = ..., precision: _Optional[_Union[_tensors_pb2.DataType, str]] = ..., activation_compression: _Optional[_Iterable[str]] = ..., stall_seconds: _Optional[float] = ..., step_seconds: _Optional[float] = ..., checksums: bool = ..., virtual_stages: _Optional[int] = ..., exchange: _Optional[str] = ..., compression: _Optional[str] = ..., zero: _Optional[str] = ..., tensor_plan: _Optional[_Iterable[_Union[TensorRule, _Mapping]]] = ..., transport: _Optional[str] = ...) -> None: ...
+
+class TensorRule(_message.Message):
+    __slots__ = ("pattern", "split")
+    PATTERN_FIELD_NUMBER: _ClassVar[int]
+    SPLIT_FIELD_NUMBER: _ClassVar[int]
+    pattern: str
+    split: str
+    def __init__(self, pattern: _Optional[str] = ..., split: _Optional[str] = ...) -> None: ...
 
 class Action(_message.Message):
     __slots__ = ("kind", "stage", "micro_batch")

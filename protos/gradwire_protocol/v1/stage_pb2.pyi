@@ -24,28 +24,32 @@ WAIT_KIND_COLLECT: WaitKind
 WAIT_KIND_DISK: WaitKind
 
 class IncomingValue(_message.Message):
-    __slots__ = ("value", "from_batch", "producer_stage", "gradient_to_stage", "gradient_from_stage")
+    __slots__ = ("value", "from_batch", "producer_stage", "gradient_to_stage", "gradient_from_stage", "spread_dimension")
     VALUE_FIELD_NUMBER: _ClassVar[int]
     FROM_BATCH_FIELD_NUMBER: _ClassVar[int]
     PRODUCER_STAGE_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_TO_STAGE_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_FROM_STAGE_FIELD_NUMBER: _ClassVar[int]
+    SPREAD_DIMENSION_FIELD_NUMBER: _ClassVar[int]
     value: str
     from_batch: bool
     producer_stage: int
     gradient_to_stage: int
     gradient_from_stage: int
-    def __init__(self, value: _Optional[str] = ..., from_batch: bool = ..., producer_stage: _Optional[int] = ..., gradient_to_stage: _Optional[int] = ..., gradient_from_stage: _Optional[int] = ...) -> None: ...
+    spread_dimension: int
+    def __init__(self, value: _Optional[str] = ..., from_batch: bool = ..., producer_stage: _Optional[int] = ..., gradient_to_stage: _Optional[int] = ..., gradient_from_stage: _Optional[int] = ..., spread_dimension: _Optional[int] = ...) -> None: ...
 
 class OutgoingValue(_message.Message):
-    __slots__ = ("value", "consumer_stages", "exact")
+    __slots__ = ("value", "consumer_stages", "exact", "spread_dimension")
     VALUE_FIELD_NUMBER: _ClassVar[int]
     CONSUMER_STAGES_FIELD_NUMBER: _ClassVar[int]
     EXACT_FIELD_NUMBER: _ClassVar[int]
+    SPREAD_DIMENSION_FIELD_NUMBER: _ClassVar[int]
     value: str
     consumer_stages: _containers.RepeatedScalarFieldContainer[int]
     exact: bool
-    def __init__(self, value: _Optional[str] = ..., consumer_stages: _Optional[_Iterable[int]] = ..., exact: bool = ...) -> None: ...
+    spread_dimension: int
+    def __init__(self, value: _Optional[str] = ..., consumer_stages: _Optional[_Iterable[int]] = ..., exact: bool = ..., spread_dimension: _Optional[int] = ...) -> None: ...
 
 class ResultValue(_message.Message):
     __slots__ = ("value",)
@@ -92,18 +96,20 @@ class TensorPlacement(_message.Message):
     def __init__(self, spec: _Optional[_Union[_graph_pb2.TensorSpec, _Mapping]] = ..., holder_stages: _Optional[_Iterable[int]] = ..., parameter_server: _Optional[str] = ...) -> None: ...
 
 class Peer(_message.Message):
-    __slots__ = ("server", "address", "stages", "replica", "parameter_server")
+    __slots__ = ("server", "address", "stages", "replica", "parameter_server", "shard")
     SERVER_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     PARAMETER_SERVER_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
     server: str
     address: str
     stages: _containers.RepeatedScalarFieldContainer[int]
     replica: int
     parameter_server: bool
-    def __init__(self, server: _Optional[str] = ..., address: _Optional[str] = ..., stages: _Optional[_Iterable[int]] = ..., replica: _Optional[int] = ..., parameter_server: bool = ...) -> None: ...
+    shard: int
+    def __init__(self, server: _Optional[str] = ..., address: _Optional[str] = ..., stages: _Optional[_Iterable[int]] = ..., replica: _Optional[int] = ..., parameter_server: bool = ..., shard: _Optional[int] = ...) -> None: ...
 
 class UntakenBound(_message.Message):
     __slots__ = ("direction", "source_stage", "value", "messages", "message_bytes")
@@ -128,7 +134,7 @@ class LocalSteps(_message.Message):
     def __init__(self, learning_rate: _Optional[float] = ..., momentum: _Optional[float] = ...) -> None: ...
 
 class PrepareRequest(_message.Message):
-    __slots__ = ("run", "generation", "server", "segments", "tensors", "peers", "stages", "optimizer", "loss_form", "seed", "recompute", "precision", "activation_codecs", "bounds", "checksums", "takes_over", "compression", "shard_optimizer", "local_steps", "staleness")
+    __slots__ = ("run", "generation", "server", "segments", "tensors", "peers", "stages", "optimizer", "loss_form", "seed", "recompute", "precision", "activation_codecs", "bounds", "checksums", "takes_over", "compression", "shard_optimizer", "local_steps", "staleness", "transport")
     RUN_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     SERVER_FIELD_NUMBER: _ClassVar[int]
@@ -149,6 +155,7 @@ class PrepareRequest(_message.Message):
     SHARD_OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
     LOCAL_STEPS_FIELD_NUMBER: _ClassVar[int]
     STALENESS_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     run: str
     generation: int
     server: str
@@ -169,7 +176,8 @@ class PrepareRequest(_message.Message):
     shard_optimizer: bool
     local_steps: LocalSteps
     staleness: int
-    def __init__(self, run: _Optional[str] = ..., generation: _Optional[int] = ..., server: _Optional[str] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., tensors: _Optional[_Iterable[_Union[TensorPlacement, _Mapping]]] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., stages: _Optional[int] = ..., optimizer: _Optional[_Union[_run_pb2.Optimizer, _Mapping]] = ..., loss_form: _Optional[_Union[_graph_pb2.LossForm, str]] = ..., seed: _Optional[int] = ..., recompute: bool = ..., precision: _Optional[_Union[_tensors_pb2.DataType, str]] = ..., activation_codecs: _Optional[_Iterable[_Union[_tensors_pb2.Codec, str]]] = ..., bounds: _Optional[_Iterable[_Union[UntakenBound, _Mapping]]] = ..., checksums: bool = ..., takes_over: bool = ..., compression: _Optional[str] = ..., shard_optimizer: bool = ..., local_steps: _Optional[_Union[LocalSteps, _Mapping]] = ..., staleness: _Optional[int] = ...) -> None: ...
+    transport: str
+    def __init__(self, run: _Optional[str] = ..., generation: _Optional[int] = ..., server: _Optional[str] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., tensors: _Optional[_Iterable[_Union[TensorPlacement, _Mapping]]] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., stages: _Optional[int] = ..., optimizer: _Optional[_Union[_run_pb2.Optimizer, _Mapping]] = ..., loss_form: _Optional[_Union[_graph_pb2.LossForm, str]] = ..., seed: _Optional[int] = ..., recompute: bool = ..., precision: _Optional[_Union[_tensors_pb2.DataType, str]] = ..., activation_codecs: _Optional[_Iterable[_Union[_tensors_pb2.Codec, str]]] = ..., bounds: _Optional[_Iterable[_Union[UntakenBound, _Mapping]]] = ..., checksums: bool = ..., takes_over: bool = ..., compression: _Optional[str] = ..., shard_optimizer: bool = ..., local_steps: _Optional[_Union[LocalSteps, _Mapping]] = ..., staleness: _Optional[int] = ..., transport: _Optional[str] = ...) -> None: ...
 
 class PrepareReply(_message.Message):
     __slots__ = ("state_bytes", "optimizer_state")
@@ -360,20 +368,22 @@ class MeasureLinksReply(_message.Message):
     def __init__(self, links: _Optional[_Iterable[_Union[LinkMeasurement, _Mapping]]] = ...) -> None: ...
 
 class MeasureCostsRequest(_message.Message):
-    __slots__ = ("graph", "tensors", "ends", "rows", "precision", "seconds")
+    __slots__ = ("graph", "tensors", "ends", "rows", "precision", "seconds", "tensor")
     GRAPH_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     ENDS_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     PRECISION_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
     graph: _graph_pb2.Graph
     tensors: _containers.RepeatedCompositeFieldContainer[_graph_pb2.TensorSpec]
     ends: _containers.RepeatedScalarFieldContainer[int]
     rows: _containers.RepeatedScalarFieldContainer[int]
     precision: _tensors_pb2.DataType
     seconds: float
-    def __init__(self, graph: _Optional[_Union[_graph_pb2.Graph, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_graph_pb2.TensorSpec, _Mapping]]] = ..., ends: _Optional[_Iterable[int]] = ..., rows: _Optional[_Iterable[int]] = ..., precision: _Optional[_Union[_tensors_pb2.DataType, str]] = ..., seconds: _Optional[float] = ...) -> None: ...
+    tensor: int
+    def __init__(self, graph: _Optional[_Union[_graph_pb2.Graph, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_graph_pb2.TensorSpec, _Mapping]]] = ..., ends: _Optional[_Iterable[int]] = ..., rows: _Optional[_Iterable[int]] = ..., precision: _Optional[_Union[_tensors_pb2.DataType, str]] = ..., seconds: _Optional[float] = ..., tensor: _Optional[int] = ...) -> None: ...
 
 class GroupCost(_message.Message):
     __slots__ = ("forward_seconds", "input_gradient_seconds", "weight_gradient_seconds", "held_bytes", "failure")

@@ -45,6 +45,7 @@ class Direction(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DIRECTION_MOVED: _ClassVar[Direction]
     DIRECTION_REDUCE: _ClassVar[Direction]
     DIRECTION_WEIGHTS: _ClassVar[Direction]
+    DIRECTION_GROUP: _ClassVar[Direction]
 DATA_TYPE_UNSPECIFIED: DataType
 DATA_TYPE_FLOAT64: DataType
 DATA_TYPE_FLOAT32: DataType
@@ -75,9 +76,10 @@ DIRECTION_RESULT: Direction
 DIRECTION_MOVED: Direction
 DIRECTION_REDUCE: Direction
 DIRECTION_WEIGHTS: Direction
+DIRECTION_GROUP: Direction
 
 class MessageKey(_message.Message):
-    __slots__ = ("run", "generation", "entry", "micro_batch", "value", "direction", "source_stage", "state", "source_replica")
+    __slots__ = ("run", "generation", "entry", "micro_batch", "value", "direction", "source_stage", "state", "source_member")
     RUN_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     ENTRY_FIELD_NUMBER: _ClassVar[int]
@@ -86,7 +88,7 @@ class MessageKey(_message.Message):
     DIRECTION_FIELD_NUMBER: _ClassVar[int]
     SOURCE_STAGE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
-    SOURCE_REPLICA_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_MEMBER_FIELD_NUMBER: _ClassVar[int]
     run: str
     generation: int
     entry: int
@@ -95,8 +97,8 @@ class MessageKey(_message.Message):
     direction: Direction
     source_stage: int
     state: str
-    source_replica: int
-    def __init__(self, run: _Optional[str] = ..., generation: _Optional[int] = ..., entry: _Optional[int] = ..., micro_batch: _Optional[int] = ..., value: _Optional[str] = ..., direction: _Optional[_Union[Direction, str]] = ..., source_stage: _Optional[int] = ..., state: _Optional[str] = ..., source_replica: _Optional[int] = ...) -> None: ...
+    source_member: int
+    def __init__(self, run: _Optional[str] = ..., generation: _Optional[int] = ..., entry: _Optional[int] = ..., micro_batch: _Optional[int] = ..., value: _Optional[str] = ..., direction: _Optional[_Union[Direction, str]] = ..., source_stage: _Optional[int] = ..., state: _Optional[str] = ..., source_member: _Optional[int] = ...) -> None: ...
 
 class SharedSlot(_message.Message):
     __slots__ = ("block", "slot", "use")

@@ -39,13 +39,15 @@ def make_buckets(
     parameters: Mapping[str, torch.Tensor],
     *,
     tied: Collection[str] = (),
+    split: Collection[str] = (),
     maximum_bytes: int = BUCKET_BYTES,
 ) -> tuple[Bucket, ...]:
     """Return the buckets of the parameters that the training segments of a server use.
 
     Backwards go from the last stage to the first and through a segment from its end: so do the buckets. What several
-    stages use is ready with the first of them. A parameter of more than `maximum_bytes` has a bucket of its own, and
-    those that are `tied` have buckets for themselves.
+    stages use is ready with the first of them. A parameter of more than `maximum_bytes` has a bucket of its own. Those
+    that are `tied` have buckets for themselves, and so have those that are `split` between shards: what a codec makes
+    of a bucket depends on all of it, and must be the same on all shards for what all of them have.
     """
     trained = [segment for segment in segments if segment.graph == graph_pb2.GRAPH_KIND_TRAIN]
     stages_of: dict[str, set[int]] = {}
@@ -73,7 +75,7 @@ def make_buckets(
             if names and (
                 filled + tensor.nbytes > maximum_bytes
                 or tensor.dtype != parameters[names[0]].dtype
-                or (name in tied) != (names[0] in tied)
+                or (name in tied, name in split) != (names[0] in tied, names[0] in split)
             ):
                 close()
             names.append(name)

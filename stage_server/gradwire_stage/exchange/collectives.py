@@ -1,8 +1,12 @@
 """Collectives among the members of a group, as generators: the ring all-reduce, its two halves, and what else there is.
 
+Rings send least, round after round. Where somebody waits for the result, rounds are what counts: the direct ones take
+one or two, in which all send to all.
+
 A generator sends what it can without waiting, and yields which message it needs next; whoever runs it hands that
-message in when it is there (`exchange.py`). So several of them make progress side by side on one thread, between two
-actions of a stage. Leaves to others: where messages travel, and codecs (`reducers.py`).
+message in when it is there (`driver.py`). So several of them make progress side by side on one thread, between two
+actions of a stage. In place of a message it may need something that goes on by itself. Leaves to others: where messages
+travel, and codecs (`reducers.py`).
 
 Members are ids, in ascending order; nothing depends on what numbers they are. What a generator yields and sends is
 named by a round, which is unique within a collective; two collectives of one group that run at the same time must have
@@ -30,8 +34,21 @@ class Receive:
     round: str
 
 
+class Pending(Protocol):
+    """Something that a collective has begun and that goes on by itself, until `result` is there."""
+
+    @property
+    def result(self) -> torch.Tensor: ...
+
+    def is_done(self) -> bool:
+        """Whether it has ended. Raises what it has failed with."""
+
+    def wait(self) -> None:
+        """Wait until it has, or until the run ends. Raises why."""
+
+
 # A collective in progress: yields what it needs, is sent the tensor, returns its result.
-Steps = Generator[Receive, torch.Tensor, T]
+Steps = Generator[Receive | Pending, torch.Tensor, T]
 
 
 class Group(Protocol):
@@ -125,6 +142,63 @@ def all_gather_along(group: Group, tensor: torch.Tensor, dim: int, name: str = "
     return torch.cat(found, dim)
 
 
+def direct_all_reduce(group: Group, tensor: torch.Tensor, name: str = "") -> Steps[torch.Tensor]:
+    """Return the sum over the members, a new tensor of the same bits everywhere, added up in their order.
+
+    Two members swap all of it in one round. More of them add up a part each and then swap the sums: two rounds, in
+    which 2 (n − 1) / n of the bytes are sent. tensor: of the same shape and type at every member.
+    """
+    size = len(group.members)
+    if size == 1:
+        return tensor.clone()
+    if size == 2:
+        return _in_order(group, (yield from direct_all_gather(group, tensor, f"{name}w")), tensor)
+    place = list(group.members).index(group.own)
+    parts = tensor.reshape(-1).tensor_split(size)
+    for member, part in zip(group.members, parts, strict=True):
+        if member != group.own:
+            group.send(member, f"{name}s", part)
+    found = []
+    for member in group.members:
+        found.append(parts[place] if member == group.own else (yield Receive(member, f"{name}s")))
+    sums = yield from direct_all_gather(group, _in_order(group, found, parts[place]), f"{name}g")
+    for member, total, part in zip(group.members, sums, parts, strict=True):
+        _fitting(total, part, member)
+    return torch.cat(sums).view(tensor.shape)
+
+
+def direct_all_gather(group: Group, tensor: torch.Tensor, name: str = "") -> Steps[list[torch.Tensor]]:
+    """Return the tensors of all members, by place, in one round. They may differ in shape."""
+    for member in group.members:
+        if member != group.own:
+            group.send(member, name, tensor)
+    found = []
+    for member in group.members:
+        found.append(tensor if member == group.own else (yield Receive(member, name)))
+    return found
+
+
+def gather_when_asked(
+    group: Group, tensor: torch.Tensor, root: int, name: str = ""
+) -> Steps[list[torch.Tensor] | None]:
+    """Return, at the root, the tensors of all members, by place; None elsewhere.
+
+    Each sends when the root asks: however many there are of these, one lies at the root at a time.
+    """
+    if group.own != root:
+        yield Receive(root, f"{name}q")
+        group.send(root, f"{name}d", tensor)
+        return None
+    found = []
+    for member in group.members:
+        if member != root:
+            group.send(member, f"{name}q", torch.zeros((), dtype=torch.uint8, device=tensor.device))
+            found.append((yield Receive(member, f"{name}d")))
+        else:
+            found.append(tensor)
+    return found
+
+
 def broadcast(group: Group, tensor: torch.Tensor | None, root: int, name: str = "") -> Steps[torch.Tensor]:
     """Return the root's tensor, which goes from member to member. tensor: the root's; None elsewhere."""
     ring = Ring(group)
@@ -172,11 +246,21 @@ def barrier(group: Group, name: str = "") -> Steps[None]:
     yield from all_gather(group, torch.zeros((), dtype=torch.uint8), f"{name}barrier-")
 
 
+def _in_order(group: Group, parts: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """Add up what the members have sent, at least two of them, by place."""
+    for member, part in zip(group.members, parts, strict=True):
+        _fitting(part, like, member)
+    total = parts[0] + parts[1]
+    for part in parts[2:]:
+        total += part
+    return total
+
+
 def _fitting(received: torch.Tensor, part: torch.Tensor, member: int) -> torch.Tensor:
     """Return what was received; FrameError unless it is a part like the own one."""
     if received.shape != part.shape or received.dtype != part.dtype:
         raise FrameError(
-            f"A part of the gradients that member {member} sent does not fit",
+            f"A part of a sum that member {member} sent does not fit",
             expected=f"shape {list(part.shape)}, {part.dtype}",
             got=f"shape {list(received.shape)}, {received.dtype}",
         )

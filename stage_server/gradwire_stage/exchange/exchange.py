@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gradwire_protocol.errors import InternalError
-from gradwire_protocol.gradient_codecs import GradientCodec, parse_compression
+from gradwire_protocol.gradient_codecs import GradientCodec
 from gradwire_protocol.program import Action
 from gradwire_protocol.v1 import run_pb2, stage_pb2
 from gradwire_stage.exchange.agreement import Agreement, StepEnd
 from gradwire_stage.exchange.buckets import make_buckets
-from gradwire_stage.exchange.reducers import Reducer, make_reducer, restore_tensors, state_of_tensor
+from gradwire_stage.exchange.reducers import make_reducers, restore_tensors, state_of_tensor
 from gradwire_stage.exchange.sharding import Sharding
 from gradwire_stage.exchange.statistics import ReplicaBuffers
 from gradwire_stage.exchange.step import StepExchange
@@ -53,9 +53,10 @@ class ReplicaExchange(Agreement):
         super().__init__(run)
         self.end = StepEnd(reduces=True, gathers=shard)
         self._codec = codec
-        self.owes = codec.lossy
+        # Shards lose something else each: what one of them owes is of no use to another layout.
+        self.owes = codec.lossy and run.places.shards == 1
         tied = {name for name, holders in run.holders.items() if len(holders) > 1}
-        self._buckets = make_buckets(segments, run.parameters, tied=tied)
+        self._buckets = make_buckets(segments, run.parameters, tied=tied, split=run.split_names)
         # Where each replica updates a part of the parameters only; None: all of them.
         self._sharding: Sharding | None = None
         if shard:
@@ -67,7 +68,7 @@ class ReplicaExchange(Agreement):
             self.shared = sharding.names
             whole_ones = {name: tensor for name, tensor in self.updated.items() if name not in sharding.names}
             self.updated = {**whole_ones, **sharding.slices}
-        self._reducers = self._make_reducers()
+        self._reducers = make_reducers(run, codec, self._buckets)
         self._replica_buffers = ReplicaBuffers(segments, run.tensors)
         self.buffers = self._replica_buffers
         self._bucket_of = {name: number for number, bucket in enumerate(self._buckets) for name in bucket.names}
@@ -80,6 +81,9 @@ class ReplicaExchange(Agreement):
         ]
 
     def begin(self, timeline: Timeline[Any], entry: int, step: run_pb2.TrainStep, program: Iterable[Action]) -> None:
+        if self._run.replica_transport is not None and self._buckets:
+            # Here nobody waits for this server elsewhere.
+            self._run.replica_transport.meet()
         self._replica_buffers.begin()
         self._step = StepExchange(
             *(self._run, timeline, self._buckets, self._reducers, self._sharding),
@@ -137,7 +141,7 @@ class ReplicaExchange(Agreement):
                 restore_tensors(reducer, own, bucket.shapes, self._run.parameters[bucket.names[0]].detach())
 
     def forget(self) -> None:
-        self._reducers = self._make_reducers()
+        self._reducers = make_reducers(self._run, self._codec, self._buckets)
 
     def close(self) -> None:
         super().close()
@@ -154,13 +158,6 @@ class ReplicaExchange(Agreement):
         if self._step is None:
             raise InternalError("The exchange of a step was used before the step began")
         return self._step
-
-    def _make_reducers(self) -> list[Reducer]:
-        exact = parse_compression("none")
-        return [
-            make_reducer(self._codec if bucket.data_type.is_floating_point else exact, bucket.shapes)
-            for bucket in self._buckets
-        ]
 
     def _accumulated(self, name: str, _: torch.Tensor) -> None:
         if self._step is not None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gradwire_protocol.errors import InternalError
-from gradwire_protocol.gradient_codecs import GradientCodec, parse_compression
+from gradwire_protocol.gradient_codecs import GradientCodec
 from gradwire_protocol.program import Action
 from gradwire_protocol.v1 import graph_pb2, run_pb2, stage_pb2
 from gradwire_stage import timeline as phases
@@ -24,7 +24,7 @@ from gradwire_stage.exchange.agreement import Agreement, StepEnd
 from gradwire_stage.exchange.buckets import Bucket, make_buckets
 from gradwire_stage.exchange.collectives import all_reduce
 from gradwire_stage.exchange.driver import Driver
-from gradwire_stage.exchange.reducers import make_reducer
+from gradwire_stage.exchange.reducers import make_reducers
 from gradwire_stage.exchange.step import MOST_OPEN
 from gradwire_stage.timeline import Timeline
 
@@ -48,7 +48,7 @@ class LocalSteps(Agreement):
         self._codec = codec
         self._rate = settings.learning_rate
         self._momentum = settings.momentum
-        self._buckets = make_buckets(segments, run.parameters)
+        self._buckets = make_buckets(segments, run.parameters, split=run.split_names)
         trained = [segment for segment in segments if segment.graph == graph_pb2.GRAPH_KIND_TRAIN]
         changing = dict.fromkeys(name for segment in trained for name in segment.mutated_tensors)
         changing |= dict.fromkeys(update.tensor for segment in trained for update in segment.buffer_updates)
@@ -87,11 +87,7 @@ class LocalSteps(Agreement):
         self._agreed.clear()
         self._velocities.clear()
         self._agreed_buffers.clear()
-        exact = parse_compression("none")
-        self._reducers = [
-            make_reducer(self._codec if bucket.data_type.is_floating_point else exact, bucket.shapes)
-            for bucket in self._buckets
-        ]
+        self._reducers = make_reducers(self._run, self._codec, self._buckets)
 
     def close(self) -> None:
         super().close()

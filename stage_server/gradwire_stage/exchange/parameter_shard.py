@@ -69,7 +69,7 @@ class ParameterShard(Agreement):
         for name, parameter in run.parameters.items():
             total: torch.Tensor | None = None
             for replica, stage in self._pushers[name]:
-                key = Key(entry, 0, name, pb.DIRECTION_REDUCE, stage, source_replica=replica)
+                key = Key(entry, 0, name, pb.DIRECTION_REDUCE, stage, source_member=replica)
                 received = take_tensor(run, timeline, key)
                 if received is None:
                     continue

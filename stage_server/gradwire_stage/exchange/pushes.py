@@ -135,7 +135,7 @@ class Pushes(Agreement):
             self._unsent.remove(name)
             parameter = run.parameters[name]
             gradient, parameter.grad = parameter.grad, None
-            key = Key(entry, 0, name, pb.DIRECTION_REDUCE, self._stage_of[name], source_replica=run.replica)
+            key = Key(entry, 0, name, pb.DIRECTION_REDUCE, self._stage_of[name], source_member=run.replica)
             payload = None
             if gradient is not None:
                 run.metrics.exchanged(gradient.nbytes)

@@ -6,13 +6,14 @@ changes goes round as it is (`collectives.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from gradwire_protocol.gradient_codecs import GRADIENT_CODEC_NAMES, GradientCodec
+from gradwire_protocol.gradient_codecs import GRADIENT_CODEC_NAMES, GradientCodec, parse_compression
 from gradwire_stage.exchange import collectives
+from gradwire_stage.exchange.buckets import Bucket
 from gradwire_stage.exchange.collectives import Group, Steps
 from gradwire_stage.exchange.encoded_ring import EncodedRing
 from gradwire_stage.exchange.feedback import work_type
@@ -20,6 +21,9 @@ from gradwire_stage.exchange.half import BF16, FP16
 from gradwire_stage.exchange.int8 import INT8
 from gradwire_stage.exchange.powersgd import PowerSgd
 from gradwire_stage.exchange.topk import TopK
+
+if TYPE_CHECKING:
+    from gradwire_stage.run_state import RunState
 
 
 class Reducer(Protocol):
@@ -44,8 +48,13 @@ class Reducer(Protocol):
 class Exact:
     """The sum itself, but for rounding. Keeps nothing."""
 
+    def __init__(self, add_up: Callable[[torch.Tensor], Steps[torch.Tensor]] | None = None) -> None:
+        """add_up: over the same members, in place of messages."""
+        self._add_up = add_up
+
     def all_reduce(self, group: Group, gradient: torch.Tensor, step: int) -> Steps[torch.Tensor]:
-        total = yield from collectives.all_reduce(group, gradient)
+        add_up = self._add_up
+        total = yield from collectives.all_reduce(group, gradient) if add_up is None else add_up(gradient)
         return total
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -71,6 +80,18 @@ if set(_REDUCERS) != set(GRADIENT_CODEC_NAMES):
 def make_reducer(codec: GradientCodec, shapes: Sequence[torch.Size]) -> Reducer:
     """Return the reducer of a bucket of parameters of these shapes, of one floating type. "none" takes any type."""
     return _REDUCERS[codec.name](codec, shapes)
+
+
+def make_reducers(run: RunState, codec: GradientCodec, buckets: Iterable[Bucket]) -> list[Reducer]:
+    """Return the reducers of a run's buckets: what replicas exchange as it is goes by the run's transport."""
+    exact = parse_compression("none")
+    transport = run.replica_transport
+    return [
+        make_reducer(codec if bucket.data_type.is_floating_point else exact, bucket.shapes)
+        if transport is None
+        else Exact(transport.all_reduce)
+        for bucket in buckets
+    ]
 
 
 def state_of_tensor(reducer: Reducer, place: int, shapes: Sequence[torch.Size]) -> dict[str, torch.Tensor]:

@@ -44,7 +44,8 @@ class SharedState:
         is_shared = name in run.agreement.shared
         if not is_shared and not (run.agreement.owes and name in run.parameters):
             return own
-        owed = {owed_name(run.replica, what): value for what, value in run.agreement.owed(name).items()}
+        kept = run.agreement.owed(name) if run.agreement.owes else {}
+        owed = {owed_name(run.replica, what): value for what, value in kept.items()}
         # What all have is the leader's to give.
         given = {**(own if is_shared or run.places.leads else {}), **owed}
         found: list[_Part] = []

@@ -16,7 +16,7 @@ from gradwire_protocol.program import BACKWARD, WEIGHT_GRADIENT, Action
 from gradwire_protocol.v1 import run_pb2
 from gradwire_stage import timeline as phases
 from gradwire_stage.exchange.buckets import Bucket
-from gradwire_stage.exchange.collectives import all_gather, reduce_scatter
+from gradwire_stage.exchange.collectives import Group, Steps, all_gather, reduce_scatter
 from gradwire_stage.exchange.driver import Driver
 from gradwire_stage.exchange.reducers import Reducer
 from gradwire_stage.exchange.sharding import Parts, Sharding
@@ -172,13 +172,23 @@ class StepExchange:
         def keep(total: torch.Tensor) -> None:
             self._sums[number] = total
 
-        if parts is None:
+        if self._sharding is None or parts is None:
             # Reducers count steps from 0.
             reducer, step = self._reducers[number], self._train_step.step - 1
             self._driver.begin(number, str(number), lambda members: reducer.all_reduce(members, flat, step), keep)
         else:
-            pieces = torch.split(flat, list(parts.sizes))
-            self._driver.begin(number, str(number), lambda members: reduce_scatter(members, pieces), keep)
+            sizes, own = list(parts.sizes), self._sharding.own
+            self._driver.begin(number, str(number), lambda members: self._reduce_part(members, flat, sizes, own), keep)
+
+    def _reduce_part(self, members: Group, flat: torch.Tensor, sizes: list[int], own: int) -> Steps[torch.Tensor]:
+        """Return the sum of the own part of a bucket."""
+        transport = self._run.replica_transport
+        if transport is None:
+            part = yield from reduce_scatter(members, torch.split(flat, sizes))
+            return part
+        # torch's backends add up all of it, or parts of one size.
+        total = yield from transport.all_reduce(flat)
+        return torch.split(total, sizes)[own].clone()
 
     def _is_ready(self, number: int) -> bool:
         return not self._stages_left[number] or not self._names_left[number]

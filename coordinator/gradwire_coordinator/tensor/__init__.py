@@ -1,0 +1,1 @@
+"""Splits a model's graphs over the tensor-parallel servers of a stage, on the graphs themselves: knows no torch."""
