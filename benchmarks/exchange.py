@@ -1,11 +1,11 @@
 """The GPT in 2 replicas, one thread each: tokens a second per codec, beside torch DDP over gloo and its hooks.
 
-First on one machine's loopback, where our servers share memory; then on two hosts with a link of 10 Gbit/s, 1 Gbit/s
-and 100 Mbit/s between them. Hosts are network namespaces of this machine, so that both share its processors as two
-hosts would not; only what replicas exchange crosses the link. All contenders stand ready side by side and take turns,
-round after round; ratios are medians over rounds. Beside them: one process with one thread, two that exchange nothing,
-and for links our replicas without a network; at 100 Mbit/s also replicas that train alone between averages. TCP's
-congestion control is the machine's own, named below. Needs root.
+First on one machine's loopback, where our servers share memory, or let gloo add up; then on two hosts with a link of
+10 Gbit/s, 1 Gbit/s and 100 Mbit/s between them. Hosts are network namespaces of this machine, so that both share its
+processors as two hosts would not; only what replicas exchange crosses the link. All contenders stand ready side by side
+and take turns, round after round; ratios are medians over rounds. Beside them: one process with one thread, two that
+exchange nothing, and for links our replicas without a network; at 100 Mbit/s also replicas that train alone between
+averages. TCP's congestion control is the machine's own, named below. Needs root.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from network import LINK, NoNetwork, TwoHosts, cluster_on, two_hosts
 
 MEGABITS = (10_000.0, 1000.0, 100.0)
 ONE = "one process, 1 thread"
+GLOO = "gradwire, gloo"
 NO_NETWORK = "gradwire, none, without a network"
 SLOW = 100.0
 # Steps between two averages of replicas that train alone. A turn has them all, and the average among them.
@@ -99,8 +100,9 @@ def take_turns(contenders: dict[str, Contender], rounds: int, steps: int) -> dic
 
 def on_loopback(codecs: Sequence[str], rounds: int, steps: int) -> Found:
     with contextlib.ExitStack() as stack:
-        cluster = stack.enter_context(gradwire.local(stage_servers=REPLICAS * len(codecs), threads=1))
+        cluster = stack.enter_context(gradwire.local(stage_servers=REPLICAS * (len(codecs) + 1), threads=1))
         contenders = {ours(codec): make_contender(stack, cluster, codec) for codec in codecs}
+        contenders[GLOO] = make_contender(stack, cluster, NONE, transport="gloo")
         contenders |= {name: make_peer(stack, name) for name in (DDP, DDP_FP16, DDP_POWERSGD, ALONE)}
         contenders[ONE] = stack.enter_context(Peer(ONE)).run
         return {LOOPBACK: take_turns(contenders, rounds, steps)}

@@ -25,6 +25,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gradwire.certs.authority import Authority
+from gradwire.certs.members import issue
+from gradwire_protocol.roles import Role
 from report import Claim, add_arguments, finish
 from transport_ways import CAN_ENCRYPT, GENERATED, GLOO, GRADWIRE, MEMORY, WAYS
 
@@ -141,15 +144,8 @@ def measure(pair: Pair, contender: Contender, size: int, amount: int) -> Measure
 
 def certificates(directory: Path) -> list[Path]:
     """Make an authority and a certificate for this machine; return the files of authority, certificate and key."""
-    import trustme
-
-    authority = trustme.CA()
-    own = authority.issue_cert("localhost", "127.0.0.1")
-    files = [directory / name for name in ("authority.pem", "certificate.pem", "key.pem")]
-    authority.cert_pem.write_to_path(files[0])
-    own.private_key_and_cert_chain_pem.write_to_path(files[1])
-    own.private_key_pem.write_to_path(files[2])
-    return files
+    authority = Authority.create(directory)
+    return list(issue(authority, role=Role.STAGE, name="server", addresses=["localhost", "127.0.0.1"]).all)
 
 
 def contenders_of(ways: Sequence[str], *, tls: bool, read: bool) -> list[Contender]:

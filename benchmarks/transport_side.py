@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from gradwire_protocol.channels import TlsFiles
+from gradwire_protocol.tls_files import TlsFiles
 from transport_ways import WAYS, Receiver, Sender, open_receiver, open_sender
 
 

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from gradwire_protocol.channels import CHANNEL_OPTIONS, SERVER_OPTIONS, TlsFiles, bind
+from gradwire_protocol.channels import CHANNEL_OPTIONS, SERVER_OPTIONS, bind
 from gradwire_protocol.frames import CHUNK_BYTES
 from gradwire_protocol.serving import ServiceSettings
+from gradwire_protocol.tls_files import TlsFiles
 from gradwire_protocol.torch_tensors import payload_of, tensor_info
 from gradwire_protocol.v1 import graph_pb2, run_pb2, stage_pb2, stage_pb2_grpc
 from gradwire_protocol.v1 import tensors_pb2 as pb

@@ -22,6 +22,7 @@ from gradwire_protocol.channels import open_channel
 from gradwire_protocol.errors import ErrorInterceptor, GradwireError, ServerBusy, StaleGeneration, from_rpc_error
 from gradwire_protocol.program import format_program, program_from_proto
 from gradwire_protocol.serving import Service, ServiceSettings
+from gradwire_protocol.tls_files import TlsFiles
 from gradwire_protocol.v1 import (
     coordinator_pb2,
     coordinator_pb2_grpc,
@@ -113,11 +114,14 @@ def _report(entry: run_pb2.Entry, with_loss: bool, replica: int) -> run_pb2.Entr
 class Cluster:
     """A coordinator, its stub, and its stage servers."""
 
-    def __init__(self, directory: Path, *, metrics: bool = False, **changes: float) -> None:
+    def __init__(
+        self, directory: Path, *, metrics: bool = False, tls: TlsFiles | None = None, **changes: float
+    ) -> None:
         self.directory = directory
         self.now = [100.0]
         self.log = RunLog(directory)
-        self.service = Service("coordinator", ServiceSettings(metrics_listen="127.0.0.1:0" if metrics else ""))
+        metrics_listen = "127.0.0.1:0" if metrics else ""
+        self.service = Service("coordinator", ServiceSettings(metrics_listen=metrics_listen, tls=tls))
         self.registry = Registry(lease_seconds=5.0, heartbeat_seconds=1.0, clock=lambda: self.now[0])
         self.coordinator = Coordinator(
             log=self.log,

@@ -6,6 +6,7 @@ import gc
 import queue
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -68,7 +69,12 @@ class StageServer(RemoteServer):
     """One server of this process: the real service behind a real port."""
 
     def __init__(
-        self, name: str, device: Device | None = None, shared_memory: SharedMemory | None = None, **limits: Any
+        self,
+        name: str,
+        device: Device | None = None,
+        shared_memory: SharedMemory | None = None,
+        checkpoint_root: Path | None = None,
+        **limits: Any,
     ) -> None:
         self.service = Service(name, ServiceSettings(metrics_listen="", workers=32))
         sizes = {"memory_bytes": 2**33, "mailbox_bytes": 2**28, "outbox_bytes": 2**28, "tensor_bytes": 2**26}
@@ -79,6 +85,7 @@ class StageServer(RemoteServer):
             StageMetrics(self.service.registry, version="test"),
             open_channel,
             shared_memory=shared_memory,
+            checkpoint_root=checkpoint_root,
         )
         self.stage_service.add_to(self.service.server)
         self.service.start()
@@ -106,8 +113,12 @@ class Stream:
 
     def report(self) -> run_pb2.EntryReport:
         """Wait for the next report; a failure is raised as the typed error."""
+        return self.replies(1)[0].report
+
+    def replies(self, count: int) -> list[stage_pb2.ExecuteReply]:
+        """Wait for so many replies, of any kind; a failure is raised as the typed error."""
         try:
-            return next(self.call).report
+            return [next(self.call) for _ in range(count)]
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error
 

@@ -320,7 +320,7 @@ def test_metrics_show_servers_runs_and_steps(tmp_path: Path) -> None:
         assert f'gradwire_steps_total{{run="{run}"}} 1.0' in text
         assert f'gradwire_loss{{run="{run}"}} 2.5' in text
         assert f'gradwire_step_duration_seconds_count{{run="{run}"}} 1.0' in text
-        assert f'gradwire_bubble_ratio{{replica="0",run="{run}",stage="1"}} 0.2' in text
+        assert f'gradwire_bubble_ratio{{replica="0",run="{run}",shard="0",stage="1"}} 0.2' in text
         assert 'gradwire_info{role="coordinator",version="test"} 1.0' in text
 
 

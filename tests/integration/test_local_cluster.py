@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import trustme
 from torch import nn
 
 import gradwire
+from gradwire.certs.authority import Authority
+from gradwire.certs.members import issue
 from gradwire.service_process import ServiceProcess, end_all
+from gradwire_protocol.roles import Role
 
 PLAN = gradwire.Plan(stages=2, microbatches=4)
 
@@ -316,21 +318,16 @@ def test_the_quickstart_runs_as_printed() -> None:
 
 
 def test_mutual_tls_reaches_a_coordinator_and_plaintext_does_not(tmp_path: Path) -> None:
-    authority = trustme.CA()
-    certificate = authority.issue_cert("localhost", "127.0.0.1")
-    files = gradwire.TlsFiles(
-        authority=tmp_path / "authority.pem", certificate=tmp_path / "certificate.pem", key=tmp_path / "key.pem"
-    )
-    authority.cert_pem.write_to_path(str(files.authority))
-    certificate.cert_chain_pems[0].write_to_path(str(files.certificate))
-    certificate.private_key_pem.write_to_path(str(files.key))
+    authority = Authority.create(tmp_path / "authority")
+    files = issue(authority, role=Role.COORDINATOR, name="coordinator", addresses=["127.0.0.1"])
+    client = issue(authority, role=Role.CLIENT, name="client")
     arguments = ["--listen", "127.0.0.1:0", "--state-dir", str(tmp_path / "state")]
     for name in ("authority", "certificate", "key"):
         arguments += [f"--tls-{name}", str(getattr(files, name))]
     coordinator = ServiceProcess("the coordinator", "gradwire_coordinator", arguments, tmp_path / "log")
     try:
         address = coordinator.wait_ready(time.monotonic() + 30.0).address
-        with gradwire.connect(address, tls=files) as cluster:
+        with gradwire.connect(address, tls=client) as cluster:
             assert not cluster.status().servers
         with pytest.raises(gradwire.Unreachable, match="TLS"):
             gradwire.connect(address)

@@ -30,6 +30,8 @@ import gradwire
 from gradwire.graph import ExportedModel, Unbatched, export_model
 from gradwire_protocol.errors import ModelError
 
+pytestmark = pytest.mark.model
+
 TOLERANCE = 1e-10
 FLOAT32 = 1e-5
 # Rows of the steps' batches, in at most 5 micro-batches: one, two, five, and five of unequal sizes; then two.

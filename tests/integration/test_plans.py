@@ -177,9 +177,29 @@ def test_a_users_own_file_on_a_cluster_of_the_moment(tmp_path: Path) -> None:
     assert record["candidates"][0]["placement"] == [0, 1, 1, 0]
 
 
+def test_the_best_grid_for_some_servers(cluster: gradwire.LocalCluster, tmp_path: Path) -> None:
+    job = ("--layers", "2", "--width", "64", "--context", "32", "--batch", "8", "--microbatches", "2")
+    words = ("--auto", "--coordinator", cluster.address, "--json", "plan.json")
+    code, out, err = run(*job, *words, directory=tmp_path)
+    assert (code, err) == (0, "")
+    record = json.loads((tmp_path / "plan.json").read_text())
+    grids = {(grid["stages"], grid["replicas"], grid["tensor"]): grid for grid in record["grids"]}
+    assert grids.keys() == {(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)}
+    assert all(grid["fits"] and grid["seconds"] > 0 and grid["peak_bytes"] for grid in grids.values())
+    # Half of a stage's parameters, gradients and optimizer each.
+    assert grids[1, 1, 2]["peak_bytes"] < grids[1, 1, 1]["peak_bytes"]
+    chosen = record["grids"][0]
+    assert record["plan"]["predicted"]["seconds"] == chosen["seconds"]
+    assert chosen["seconds"] <= min(grid["seconds"] for grid in grids.values()) * 1.01
+    assert "Grids: a step, the server that holds most" in out
+    assert f"why: {record['reason']}\n" in out
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [
+        (("--auto", "--tensor", "2"), "--auto finds the grid itself, so it cannot be told --tensor"),
+        (("--servers", "2"), "--servers is for --auto"),
         (("mine.py", "--layers", "3"), "--layers is for the GPT"),
         (("--schedule", "zb-v", "--virtual-stages", "3"), "not made for 3 virtual stages"),
         (("--cuts", "1,2,3"), "number of cuts does not fit"),

@@ -14,6 +14,7 @@ from torch import nn
 import gradwire
 from gradwire.job.gpt import GPT, Shape, next_byte_loss
 from gradwire_protocol.v1 import run_pb2, tensors_pb2
+from gradwire_stage.group.tensor_group import Shards
 from gradwire_stage.recomputation import Inputs
 from gradwire_stage.segment import BuiltSegment, SegmentPass
 
@@ -170,9 +171,9 @@ def test_recomputation_changes_nothing(
     calls = []
     again = BuiltSegment.again
 
-    def counted(segment: BuiltSegment, inputs: Inputs) -> SegmentPass:
+    def counted(segment: BuiltSegment, inputs: Inputs, group: Shards | None) -> SegmentPass:
         calls.append(inputs.micro_batch)
-        return again(segment, inputs)
+        return again(segment, inputs, group)
 
     monkeypatch.setattr(BuiltSegment, "again", counted)
     made = [

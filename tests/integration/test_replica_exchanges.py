@@ -270,7 +270,7 @@ def test_garbage_in_the_ring_ends_the_step_with_its_sender(cluster: gradwire.Clu
             entry=2,  # the first step, after the weights
             value="0/s0",
             direction=pb.DIRECTION_REDUCE,
-            source_replica=1,
+            source_member=1,
         )
         header = pb.TensorHeader(key=key, sequence=1, tensor=tensor_info(garbage))
         with grpc.insecure_channel(victim.address) as channel:

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 
 from gradwire_protocol.gradient_codecs import parse_compression
-from gradwire_stage.exchange.collectives import Group, Receive, Steps
+from gradwire_stage.exchange.collectives import Group, Pending, Receive, Steps
 from gradwire_stage.exchange.reducers import Reducer, make_reducer
 
 T = TypeVar("T")
@@ -58,7 +58,7 @@ def run_members(
     """Return every member's result, and the wire. seed: of a random order of progress; None: one after the other."""
     wire, order = Wire(), random.Random(seed)
     running = {member: start(MemoryGroup(member, tuple(members), wire)) for member in members}
-    needs: dict[int, Receive | None] = dict.fromkeys(members)
+    needs: dict[int, Receive | Pending | None] = dict.fromkeys(members)
     results: dict[int, T] = {}
     while running:
         able = [member for member in running if _ready(member, needs[member], wire)]
@@ -123,12 +123,12 @@ def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
     return torch.equal(first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8))
 
 
-def _ready(member: int, need: Receive | None, wire: Wire) -> bool:
-    return need is None or (need.member, member, need.round) in wire.sent
+def _ready(member: int, need: Receive | Pending | None, wire: Wire) -> bool:
+    return not isinstance(need, Receive) or (need.member, member, need.round) in wire.sent
 
 
-def _take(member: int, need: Receive | None, wire: Wire) -> torch.Tensor | None:
-    if need is None:
+def _take(member: int, need: Receive | Pending | None, wire: Wire) -> torch.Tensor | None:
+    if not isinstance(need, Receive):
         return None
     key = (need.member, member, need.round)
     assert key not in wire.taken, f"{key} was asked for twice"

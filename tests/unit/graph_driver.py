@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +13,11 @@ from torch.utils import _pytree as pytree
 
 from gradwire.graph import ExportedModel, Unbatched
 from gradwire_coordinator.costs import Rates
-from gradwire_coordinator.model_checks import check_model
+from gradwire_coordinator.model_checks import IndexedModel, check_model
 from gradwire_coordinator.segments import make_segments
 from gradwire_protocol.torch_tensors import dense
 from gradwire_protocol.v1 import graph_pb2, stage_pb2
+from gradwire_stage.group.tensor_group import Shards
 from gradwire_stage.segment import BuiltSegment, SegmentPass, Value
 
 CPU = torch.device("cpu")
@@ -31,6 +32,23 @@ class Outcome:
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
+@dataclass
+class Shard:
+    """What a chain runs: a model and its tensors; the model that was exported, where there is one server a stage."""
+
+    indexed: IndexedModel
+    tensors: Mapping[str, torch.Tensor]
+    shards: int = 1
+    spread: Mapping[graph_pb2.GraphKind, Mapping[str, int]] = field(default_factory=dict)
+
+    def group(self, about: str) -> Shards | None:
+        """The servers that run a pass together."""
+        return None
+
+    def check_whole(self, group: Shards | None, name: str, value: Value | None) -> None:
+        """Look whether all servers have the same."""
+
+
 class Chain:
     """Stages that hold their own copies of tensors, and send each other dense copies of values."""
 
@@ -42,13 +60,16 @@ class Chain:
         precision: torch.dtype | None = None,
         recompute: bool = False,
         split: Collection[int] = (),
+        shard: Shard | None = None,
     ) -> None:
-        """split: the micro-batches whose weight gradients come at the end of a step."""
+        """split: the micro-batches whose weight gradients come at the end of a step. shard: as which this runs."""
         self.exported = exported
+        self._shard = shard or Shard(check_model(exported.proto), exported.tensors)
         self._split = split
         self._precision = precision
         self._recompute = recompute
-        made = make_segments(check_model(exported.proto), cuts, rows=2, rates=Rates(1e9, 1e9))
+        whole = self._shard
+        made = make_segments(whole.indexed, cuts, rows=2, rates=Rates(1e9, 1e9), spread=whole.spread)
         self.segments: dict[graph_pb2.GraphKind, list[stage_pb2.Segment]] = {}
         self._built: dict[tuple[int, graph_pb2.GraphKind], BuiltSegment] = {}
         self._seed = seed
@@ -56,7 +77,7 @@ class Chain:
         self.placements = {item.spec.name: list(item.holder_stages) for item in made.placements}
         for stage, segments in enumerate(made.stages):
             held = [name for name, holders in self.placements.items() if stage in holders]
-            self.stores.append({name: _own(exported.tensors[name]) for name in held})
+            self.stores.append({name: _own(whole.tensors[name]) for name in held})
             for segment in segments:
                 self.segments.setdefault(segment.graph, []).append(segment)
 
@@ -77,7 +98,7 @@ class Chain:
             seeds.append(1.0 if summed else float(rows))
         waiting: list[SegmentPass] = []
         for number, (made, wanting, seed) in enumerate(zip(passes, requires, seeds, strict=True)):
-            self._backward(made, wanting, seed, waiting if number in self._split else None)
+            self._backward(made, wanting, seed, waiting if number in self._split else None, f"{step}/{number}")
         for segment_pass in waiting:
             segment_pass.backward_weight()
         return Outcome(sum(losses) / sum(weights), self._gradients(sum(weights)), self._buffers())
@@ -87,7 +108,7 @@ class Chain:
         key = (segment.stage, segment.graph)
         if key not in self._built:
             store = self.stores[segment.stage]
-            self._built[key] = BuiltSegment(segment, store, CPU, self._seed, self._precision)
+            self._built[key] = BuiltSegment(segment, store, CPU, self._seed, self._precision, shards=self._shard.shards)
         return self._built[key]
 
     def evaluate(self, batch: Any) -> float:
@@ -127,9 +148,15 @@ class Chain:
         for segment in self.segments[kind]:
             values = {item.value: _received(sent[item.value]) for item in segment.incoming}
             keep = not (record and self._recompute)
+            group = self._shard.group(f"{kind}/{step}/{micro_batch}/{segment.stage}")
             made.append(
-                self.built(segment).forward(values, step=step, micro_batch=micro_batch, record=record, keep=keep)
+                self.built(segment).forward(
+                    values, step=step, micro_batch=micro_batch, record=record, keep=keep, group=group
+                )
             )
+            for item in segment.outgoing:
+                if item.HasField("spread_dimension"):
+                    self._shard.check_whole(group, f"{item.value}/sent", made[-1].outgoing[item.value])
             sent.update(made[-1].outgoing)
         return made, {name: isinstance(value, torch.Tensor) and value.requires_grad for name, value in sent.items()}
 
@@ -139,6 +166,7 @@ class Chain:
         requires: dict[str, bool],
         loss_gradient: float,
         waiting: list[SegmentPass] | None,
+        about: str,
     ) -> None:
         """Go back through the stages; where there is a list for it, leave out the weights, and append the passes."""
         gradients: dict[tuple[str, int, int], torch.Tensor | None] = {}  # (value, from stage, to stage)
@@ -155,8 +183,9 @@ class Chain:
                 for item in segment.incoming
                 if item.HasField("gradient_from_stage") and requires[item.value]
             }
+            group = self._shard.group(f"back/{about}/{stage}")
             if made.inputs is not None:
-                made = self.built(segment).again(made.inputs)
+                made = self.built(segment).again(made.inputs, group)
             if waiting is None:
                 back = made.backward(from_first, relayed, loss_gradient)
             else:
@@ -164,7 +193,9 @@ class Chain:
                 waiting.append(made)
             for item in segment.incoming:
                 if requires[item.value]:
-                    gradients[item.value, stage, item.gradient_to_stage] = back[item.value]
+                    gradient = gradients[item.value, stage, item.gradient_to_stage] = back[item.value]
+                    if item.HasField("spread_dimension"):
+                        self._shard.check_whole(group, f"{item.value}/returned", gradient)
 
     def _gradients(self, weight: float) -> dict[str, torch.Tensor]:
         totals: dict[str, torch.Tensor] = {}

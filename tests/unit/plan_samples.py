@@ -130,3 +130,31 @@ def replicated_summary() -> pb.PlanSummary:
         other.CopyFrom(server)
         other.server, other.replica = f"{server.server}-of-1", 1
     return made
+
+
+def sharded_summary(base: pb.PlanSummary | None = None) -> pb.PlanSummary:
+    """The same plan, or another, with two servers for each one of it, which share its stages."""
+    made = pb.PlanSummary()
+    made.CopyFrom(base or summary())
+    servers = list(made.prediction.servers)
+    del made.prediction.servers[:]
+    for server in servers:
+        for shard in range(2):
+            made.prediction.servers.add().CopyFrom(server)
+            made.prediction.servers[-1].server = f"{server.server}-{'ab'[shard]}"
+            made.prediction.servers[-1].shard = shard
+    made.tensor.CopyFrom(
+        pb.TensorSummary(
+            servers=2,
+            parameters=[
+                pb.SplitParameter(name=f"blocks.{layer}.{name}.weight", split=split)
+                for layer in range(3)
+                for name, split in (("mlp.0", "column"), ("mlp.2", "row"))
+            ],
+            forward_exchanges=3,
+            backward_exchanges=4,
+            exchange_bytes=3 * MIB,
+        )
+    )
+    made.transport, made.transport_reason = "gloo", "no server has a GPU"
+    return made

@@ -32,12 +32,13 @@ def wait_for(direction: pb.Direction, stage: int = 1, **key: Any) -> stage_pb2.W
         (pb.DIRECTION_NORM, "sum of squared gradients from stage 1 of replica 2"),
         (pb.DIRECTION_WEIGHT, "weight of the loss from stage 1 of replica 2"),
         (pb.DIRECTION_REDUCE, "part of the gradients (h) from stage 1 of replica 2"),
+        (pb.DIRECTION_GROUP, "part of micro-batch 7 (h) from shard 2 of its stage"),
         (pb.DIRECTION_MOVED, "tensor 'h' from stage 1"),
         (pb.DIRECTION_RESULT, "'h' from stage 1"),
     ],
 )
 def test_every_message_has_words(direction: pb.Direction, words: str) -> None:
-    key = pb.MessageKey(micro_batch=7, value="h", direction=direction, source_stage=1, source_replica=2)
+    key = pb.MessageKey(micro_batch=7, value="h", direction=direction, source_stage=1, source_member=2)
     assert message_words(key) == words
 
 
@@ -114,6 +115,27 @@ def test_servers_of_several_replicas_are_told_apart() -> None:
     lines = stage_lines(servers, {f"s{place}": place // 2 for place in range(4)}.get)
     assert lines["r"] == [
         f"stage {stage} of replica {replica} is idle after entry 3" for replica in (0, 1) for stage in (0, 1)
+    ]
+
+
+def test_servers_that_share_a_stage_are_told_apart() -> None:
+    servers = [(f"s{place}", activity(stages=[place // 2], phase="wait-step"), 0.0) for place in (3, 0, 2, 1)]
+    shards = {f"s{place}": place % 2 for place in range(4)}
+    assert stage_lines(servers, shard_of=shards.get)["r"] == [
+        f"stage {stage} (shard {shard}) is idle after entry 3" for stage in (0, 1) for shard in (0, 1)
+    ]
+    key = pb.MessageKey(micro_batch=2, value="7", direction=pb.DIRECTION_GROUP, source_stage=1, source_member=3)
+    assert message_words(key) == "part of micro-batch 2 (7) from shard 3 of its stage"
+
+
+def test_servers_of_several_shards_are_told_apart() -> None:
+    servers = [(f"s{place}", activity(stages=[place // 2], phase="wait-step"), 0.0) for place in (3, 0, 2, 1)]
+    shard_of = {f"s{place}": place % 2 for place in range(4)}.get
+    assert stage_lines(servers, shard_of=shard_of)["r"] == [
+        f"stage {stage} (shard {shard}) is idle after entry 3" for stage in (0, 1) for shard in (0, 1)
+    ]
+    assert stage_lines(servers[:1], lambda server: 4, shard_of)["r"] == [
+        "stage 1 (shard 1) of replica 4 is idle after entry 3"
     ]
 
 

@@ -1,4 +1,4 @@
-"""Which messages a server takes from whom, in a run of two replicas with two stages each."""
+"""Which messages a server takes from whom, in a run of two replicas with two stages each, perhaps of several shards."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from gradwire_stage.places import Places
 FIRST, SECOND = 2, 5
 
 
-def arrivals(stage: int = 1, replica: int = SECOND) -> Arrivals:
+def arrivals(stage: int = 1, replica: int = SECOND, *, shard: int = 0, shards: int = 1) -> Arrivals:
     """What this stage's server of this replica takes; the first stage sends it a value, and has its gradient back."""
     peers = [
-        stage_pb2.Peer(server=f"{place}-of-{each}", stages=[place], replica=each)
+        stage_pb2.Peer(
+            server=f"{place}-of-{each}" + (f"-{part}" if part else ""), stages=[place], replica=each, shard=part
+        )
         for each in (FIRST, SECOND)
         for place in (0, 1)
+        for part in range(shards)
     ]
-    own = next(peer for peer in peers if (peer.replica, list(peer.stages)) == (replica, [stage]))
+    own = next(peer for peer in peers if (peer.replica, list(peer.stages), peer.shard) == (replica, [stage], shard))
     segment = stage_pb2.Segment(stage=stage)
     if stage == 1:
         segment.incoming.add(value="h", producer_stage=0)
@@ -33,15 +36,15 @@ def arrivals(stage: int = 1, replica: int = SECOND) -> Arrivals:
 
 
 def between(direction: pb.Direction, stage: int, replica: int) -> Key:
-    return Key(3, 0, "", direction, stage, source_replica=replica)
+    return Key(3, 0, "", direction, stage, source_member=replica)
 
 
 def test_the_senders_replica_is_part_of_the_key() -> None:
-    key = pb.MessageKey(entry=3, value="0", direction=pb.DIRECTION_REDUCE, source_stage=1, source_replica=FIRST)
+    key = pb.MessageKey(entry=3, value="0", direction=pb.DIRECTION_REDUCE, source_stage=1, source_member=FIRST)
     found = key_of(pb.TensorHeader(key=key))
-    assert found == Key(3, 0, "0", pb.DIRECTION_REDUCE, 1, source_replica=FIRST)
-    assert found != found._replace(source_replica=SECOND)
-    assert found.to_proto().source_replica == FIRST
+    assert found == Key(3, 0, "0", pb.DIRECTION_REDUCE, 1, source_member=FIRST)
+    assert found != found._replace(source_member=SECOND)
+    assert found.to_proto().source_member == FIRST
 
 
 @pytest.mark.parametrize("direction", sorted(BETWEEN_REPLICAS))
@@ -98,5 +101,37 @@ def test_all_else_stays_in_its_replica(stage: int, key: Key) -> None:
     from_client = key.direction in (pb.DIRECTION_BATCH, pb.DIRECTION_STATE)
     assert found.sender(key) == (CLIENT if from_client else f"0-of-{SECOND}")
     for replica in (FIRST, SECOND):
-        with pytest.raises(FrameError, match="Only what goes between replicas names one"):
-            found.check(key._replace(source_replica=replica))
+        with pytest.raises(FrameError, match="Only what goes between replicas or shards names one"):
+            found.check(key._replace(source_member=replica))
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_shards_take_parts_from_the_others_of_their_own_stage(stage: int) -> None:
+    found = arrivals(stage, shard=1, shards=3)
+    for shard, server in ((0, f"{stage}-of-{SECOND}"), (2, f"{stage}-of-{SECOND}-2")):
+        key = between(pb.DIRECTION_GROUP, stage, shard)
+        found.check(key)
+        assert found.sender(key) == server
+        # On a stream with nothing else, and no bulk: computing waits for it.
+        assert found.stream(key) == (server, False)
+    for wrong in (
+        between(pb.DIRECTION_GROUP, stage, 1),
+        between(pb.DIRECTION_GROUP, stage, 3),
+        between(pb.DIRECTION_GROUP, 1 - stage, 0),
+    ):
+        with pytest.raises(FrameError, match="other shards of their own stages"):
+            found.check(wrong)
+
+
+def test_a_lone_shard_gets_no_parts() -> None:
+    with pytest.raises(FrameError, match="other shards"):
+        arrivals().check(between(pb.DIRECTION_GROUP, 1, 0))
+
+
+def test_all_else_stays_among_the_servers_of_a_shard() -> None:
+    found = arrivals(1, shard=1, shards=2)
+    assert found.sender(Key(3, 0, "h", pb.DIRECTION_FORWARD, 0)) == f"0-of-{SECOND}-1"
+    for direction in (pb.DIRECTION_REDUCE, pb.DIRECTION_NORM, pb.DIRECTION_WEIGHT):
+        key = between(direction, 1, FIRST)
+        found.check(key)
+        assert found.sender(key) == f"1-of-{FIRST}-1"

@@ -4,10 +4,13 @@ from concurrent import futures
 
 import grpc
 import pytest
-import trustme
 
-from gradwire_protocol.channels import TlsFiles, bind, check_plaintext, is_loopback, open_channel, parse_address
+from gradwire.certs.authority import Authority
+from gradwire.certs.members import issue
+from gradwire_protocol.channels import bind, check_plaintext, is_loopback, open_channel, parse_address
 from gradwire_protocol.errors import SettingsError
+from gradwire_protocol.roles import Role
+from gradwire_protocol.tls_files import TlsFiles
 
 
 @pytest.mark.parametrize(
@@ -47,22 +50,13 @@ def echo_server(tls):
     return server, address
 
 
-def files(authority, folder, name):
-    folder.mkdir()
-    certificate = authority.issue_cert("127.0.0.1", common_name=name)
-    certificate.private_key_pem.write_to_path(folder / "key.pem")
-    certificate.cert_chain_pems[0].write_to_path(folder / "certificate.pem")
-    authority.cert_pem.write_to_path(folder / "authority.pem")
-    return TlsFiles(authority=folder / "authority.pem", certificate=folder / "certificate.pem", key=folder / "key.pem")
-
-
 def test_mutual_tls_admits_only_certificates_of_the_same_authority(tmp_path):
-    ours, theirs = trustme.CA(), trustme.CA()
-    server, address = echo_server(files(ours, tmp_path / "server", "stage"))
+    ours, theirs = Authority.create(tmp_path / "ours"), Authority.create(tmp_path / "theirs")
+    server, address = echo_server(issue(ours, role=Role.STAGE, name="server", addresses=["127.0.0.1"]))
     try:
-        with open_channel(address, files(ours, tmp_path / "client", "client")) as channel:
+        with open_channel(address, issue(ours, role=Role.CLIENT, name="client")) as channel:
             assert channel.unary_unary("/t.T/Echo")(b"hello", timeout=10) == b"hello"
-        for tls in (files(theirs, tmp_path / "stranger", "client"), None):
+        for tls in (issue(theirs, role=Role.CLIENT, name="stranger"), None):
             with open_channel(address, tls) as channel, pytest.raises(grpc.RpcError) as caught:
                 channel.unary_unary("/t.T/Echo")(b"hello", timeout=10)
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE

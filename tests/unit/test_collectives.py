@@ -92,6 +92,51 @@ def test_nobody_leaves_a_barrier_before_all_have_come(members: list[int], seed: 
     assert found == [len(members)] * len(members)
 
 
+@given(
+    MEMBERS,
+    st.lists(st.integers(0, 4), max_size=3),
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    st.booleans(),
+    st.integers(0, 9),
+)
+def test_a_direct_all_reduce_adds_up_in_the_order_of_members(
+    members: list[int], shape: list[int], kind: torch.dtype, turned: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    own = {member: torch.randn(shape, dtype=torch.float64, generator=generator).to(kind) for member in members}
+    if turned:
+        own = {member: tensor.permute(list(reversed(range(len(shape))))) for member, tensor in own.items()}
+    found, wire = run_members(lambda group: collectives.direct_all_reduce(group, own[group.own]), members, seed)
+    tensors = list(own.values())
+    expected = sum(tensors[1:], tensors[0])
+    assert all(torch.equal(total, expected) and total.dtype == kind for total in found)
+    assert not any(total.data_ptr() == tensor.data_ptr() for total in found for tensor in tensors if tensor.numel())
+    assert len({name for _, _, name in wire.sent}) == (0, 1, 2)[min(len(members), 3) - 1]
+
+
+@given(MEMBERS, st.integers(0, 9), st.sampled_from([torch.bool, torch.int64, torch.float32]))
+def test_a_direct_all_gather_takes_one_round(members: list[int], seed: int, kind: torch.dtype) -> None:
+    own = {member: torch.full((place + 1, 2), member % 2).to(kind) for place, member in enumerate(members)}
+    each, wire = run_members(lambda group: collectives.direct_all_gather(group, own[group.own], "a"), members, seed)
+    for found in each:
+        assert all(map(torch.equal, found, own.values()))
+    assert len(wire.sent) == len(members) * (len(members) - 1)
+
+
+@given(MEMBERS, st.integers(0, 9))
+def test_who_gathers_by_asking_gets_one_after_the_other(members: list[int], seed: int) -> None:
+    own = {member: torch.full((place,), float(member)) for place, member in enumerate(members)}
+    root = members[seed % len(members)]
+    each, _ = run_members(lambda group: collectives.gather_when_asked(group, own[group.own], root), members, seed)
+    for member, found in zip(members, each, strict=True):
+        assert (found is None) == (member != root)
+        assert found is None or all(map(torch.equal, found, own.values()))
+    steps = collectives.gather_when_asked(Alone(), torch.zeros(2), 0)
+    assert next(steps) == Receive(1, "d")  # asked for, and nothing else
+    steps = collectives.gather_when_asked(Alone(), torch.zeros(2), 1)
+    assert next(steps) == Receive(1, "q")
+
+
 class Alone:
     own, members = 0, (0, 1)
 
@@ -103,6 +148,14 @@ class Alone:
 def test_a_part_that_does_not_fit_is_refused_with_its_sender(garbage: torch.Tensor) -> None:
     steps = collectives.all_reduce(Alone(), torch.zeros(4))
     assert next(steps) == Receive(1, "s0")
+    with pytest.raises(FrameError, match="member 1"):
+        steps.send(garbage)
+
+
+@pytest.mark.parametrize("garbage", [torch.zeros(3), torch.zeros(4, dtype=torch.int64), torch.zeros(1, 4)])
+def test_a_direct_sum_refuses_what_does_not_fit(garbage: torch.Tensor) -> None:
+    steps = collectives.direct_all_reduce(Alone(), torch.zeros(4))
+    assert next(steps) == Receive(1, "w")
     with pytest.raises(FrameError, match="member 1"):
         steps.send(garbage)
 

@@ -26,7 +26,7 @@ def test_only_the_newest_runs_keep_their_series() -> None:
     assert 'run="run-0"' not in text
     assert 'run="run-2"' not in text
     assert f'run="run-{KEPT_RUNS + 2}"' in text
-    labels = {"run": "run-3", "stage": "3", "replica": "1"}
+    labels = {"run": "run-3", "stage": "3", "replica": "1", "shard": "0"}
     assert registry.get_sample_value("gradwire_bubble_ratio", labels) == pytest.approx(0.25)
     assert registry.get_sample_value("gradwire_loss", {"run": "run-3"}) == 1.5
     assert registry.get_sample_value("gradwire_generation", {"run": "run-3"}) == 4
@@ -43,3 +43,19 @@ def test_servers_and_runs_are_counted_with_zeros() -> None:
     assert registry.get_sample_value("gradwire_runs", {"state": "failed"}) == 1
     assert registry.get_sample_value("gradwire_runs", {"state": "active"}) == 0
     assert registry.get_sample_value("gradwire_up") == 1
+
+
+def test_shards_of_a_stage_have_series_of_their_own() -> None:
+    registry = CollectorRegistry()
+    metrics = Metrics(registry, "1")
+    made = result(1.0, 0.5)
+    made.timings["other"].CopyFrom(run_pb2.Timing(window_seconds=2.0, idle_seconds={"wait-step": 1.0}))
+    places = {name: ServerPlace(stages=[0], shard=shard, shards=2) for shard, name in enumerate(("server", "other"))}
+    metrics.step_finished("run", 1, places, made)
+    found = [
+        registry.get_sample_value(
+            "gradwire_bubble_ratio", {"run": "run", "stage": "0", "replica": "0", "shard": str(shard)}
+        )
+        for shard in range(2)
+    ]
+    assert found == pytest.approx([0.25, 0.5])

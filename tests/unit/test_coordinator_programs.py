@@ -265,3 +265,25 @@ def test_stages_push_and_pull_where_parameter_servers_update() -> None:
     evaluate = run_pb2.Entry(evaluate=run_pb2.Evaluate(micro_batches=parts(1)))
     assert texts(made.of_entry(evaluate)) == ["0F0", "1F0", "", "", "", ""]
     assert len(made.of_entry(run_pb2.Entry(fetch_state=run_pb2.FetchState()))) == 6
+
+
+def test_the_shards_of_a_position_run_the_same_one_after_the_other() -> None:
+    def made(shards: int) -> ProgramBook:
+        return ProgramBook(
+            ChosenSchedule("gpipe", looped(2)),
+            tied_servers={1},
+            active_stages={TRAIN: {0, 1}, EVALUATE: {0, 1}},
+            replicas=2,
+            shards=shards,
+            sharing=Sharing.of(plan(2, replicas=2), "Adam"),
+        )
+
+    micro_batches = [run_pb2.MicroBatch(index=index, rows=1, first_row=index, replica=index % 2) for index in range(4)]
+    for entry in (
+        run_pb2.Entry(train_step=run_pb2.TrainStep(step=1, micro_batches=micro_batches)),
+        run_pb2.Entry(evaluate=run_pb2.Evaluate(micro_batches=micro_batches)),
+        run_pb2.Entry(load_state=run_pb2.LoadState()),
+    ):
+        alone = made(1).of_entry(entry)
+        assert len(alone) == 4
+        assert made(3).of_entry(entry) == [program for program in alone for _ in range(3)]

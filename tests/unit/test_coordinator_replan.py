@@ -15,6 +15,7 @@ from gradwire_coordinator.model_checks import check_model
 from gradwire_coordinator.planner import PlannedRun, plan_run
 from gradwire_coordinator.registry import Server
 from gradwire_coordinator.replan import Basis, new_plan, plan_anew
+from gradwire_coordinator.tensor.sharded_model import shard_model
 from gradwire_coordinator.ways import Servers
 from gradwire_protocol.errors import FrameError, PlanError, StaleGeneration
 from gradwire_protocol.v1 import coordinator_pb2 as pb
@@ -37,9 +38,9 @@ def basis(**changes: Any) -> Basis:
     each = np.full(NODES + 1, 1e-3)
     costs = NodeCosts(2, each, each, each, np.full(NODES + 1, 100), ESTIMATED)
     known = Servers(rates=[Rates(1e9, 1e9)] * 2, memory_bytes=[0] * 2, costs=[costs] * 2, links={})
-    indexed = check_model(asked.model)
-    planned = plan_run(asked, indexed, [server(position) for position in range(2)], known)
-    return Basis(asked, indexed, planned, lay_out("r", 1, asked, indexed, planned))
+    model = shard_model(check_model(asked.model), asked.plan)
+    planned = plan_run(asked, model, [(server(position),) for position in range(2)], known)
+    return Basis(asked, planned, lay_out("r", 1, asked, planned))
 
 
 def server(position: int) -> Server:
@@ -93,7 +94,7 @@ def test_a_slower_server_gets_less() -> None:
     assert found.planned.prediction.cost_source == MEASURED
     assert [each.server for each in found.planned.servers] == ["stage-0", "stage-1"]
     # What was learned holds for the next time: as the new plan predicts it, there is nothing to gain.
-    later = Basis(made.request, made.indexed, found.planned, made.layout)
+    later = Basis(made.request, found.planned, made.layout)
     train(later, (1.0, 1.0))
     again = plan_anew(later)
     assert not again.differs
@@ -145,7 +146,7 @@ def test_moves_name_what_a_server_did_not_have_and_who_had_it() -> None:
     made = basis(cuts=[2])
     train(made, (1.0, 1.0))
     found = plan_anew(made)
-    layout = lay_out("r", 2, made.request, made.indexed, found.planned)
+    layout = lay_out("r", 2, made.request, found.planned)
     names = [run_pb2.OptimizerStateName(parameter="W3", state=state) for state in ("step", "exp_avg")]
     replies = [stage_pb2.PrepareReply(), stage_pb2.PrepareReply(optimizer_state=names)]
     entry = new_plan(found.planned, made.layout, layout, replies)

@@ -72,6 +72,21 @@ def test_gradients_go_back_along_the_chain_of_consumers() -> None:
     assert [segment.loss for segment in train.values()] == ["", "", "", "loss"]
 
 
+def test_values_that_are_spread_say_so_at_both_ends() -> None:
+    text = "input x\na = f(x)\nb = f(a)\nc = f(a, b)\noutput c"
+    made = check_model(model([], graph("train", text), graph("evaluate", text)))
+    spread = {graph_pb2.GRAPH_KIND_TRAIN: {"x": 1, "a": 1, "c": 1}}
+    segments = make_segments(made, [1, 2], rows=2, rates=RATES, spread=spread)
+    for kind, expected in ((graph_pb2.GRAPH_KIND_TRAIN, {"a": 1}), (graph_pb2.GRAPH_KIND_EVALUATE, {})):
+        found = [
+            (value.value, value.spread_dimension if value.HasField("spread_dimension") else None)
+            for segment in segments.of_graph(kind).values()
+            for value in (*segment.incoming, *segment.outgoing)
+        ]
+        assert found
+        assert all(dimension == expected.get(value) for value, dimension in found)
+
+
 def test_the_last_stage_takes_a_loss_and_weight_that_others_make() -> None:
     weighted = graph(
         "train",

@@ -258,3 +258,13 @@ def test_servers_of_several_replicas_are_named_with_theirs() -> None:
     slow = find(placed(computing(0, still_seconds=80.0), 0), second)
     assert slow is not None
     assert slow.message.startswith("Stage 0 of replica 0 (server s0 at 10.0.0.0:7000)")
+
+
+def test_servers_of_several_shards_are_named_with_theirs() -> None:
+    def placed(standing: Standing, shard: int) -> Standing:
+        place = ServerPlace(stages=standing.place.stages, shard=shard, shards=2)
+        return dataclasses.replace(standing, place=place)
+
+    circle = find(placed(waiting(0, backward_from(1)), 1), placed(waiting(1, forward_from(0)), 1))
+    assert circle is not None
+    assert circle.message.startswith("Stage 0 (shard 1) and stage 1 (shard 1) have waited for each other for 61.0 s")

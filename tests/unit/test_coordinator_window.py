@@ -129,3 +129,17 @@ def test_each_replicas_last_server_reports_the_losses_of_its_own_micro_batches()
     with pytest.raises(FrameError, match="wrong losses"):
         window.report(1, report(2, (0, 1.0, 1.0)), 3.0)
     assert window.report(1, report(2), 3.0) is None
+
+
+def test_other_shards_report_the_same_losses_and_are_not_counted() -> None:
+    window = Window(["a", "b", "c"], loss_from={1: 0}, loss_copies={2: 0})
+    window.add(step(1), 0.0)
+    window.add(step(2), 0.0)
+    assert window.report(2, report(1, (0, 3.0, 1.5)), 1.0) is None
+    assert window.report(0, report(1), 2.0) is None
+    finished = window.report(1, report(1, (0, 3.0, 1.5)), 3.0)
+    assert finished is not None
+    assert (finished[1].loss, finished[1].weight) == (2.0, 1.5)
+    assert finished[1].timings.keys() == {"a", "b", "c"}
+    with pytest.raises(FrameError, match="wrong losses"):
+        window.report(2, report(2), 4.0)

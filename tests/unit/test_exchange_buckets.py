@@ -37,6 +37,13 @@ def test_what_is_not_trained_or_only_evaluated_is_in_none() -> None:
     assert [bucket.names for bucket in buckets] == [("a",)]
 
 
+def test_what_shards_have_parts_of_is_apart_from_what_all_of_them_have() -> None:
+    """So that a codec makes the same of the latter on all shards."""
+    parameters = {name: torch.zeros(10) for name in "abcd"}
+    buckets = make_buckets([segment(0, "abcd")], parameters, split={"b", "c"})
+    assert [bucket.names for bucket in buckets] == [("d",), ("c", "b"), ("a",)]
+
+
 @given(
     st.lists(
         st.tuples(

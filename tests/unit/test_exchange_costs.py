@@ -50,6 +50,18 @@ def test_local_steps_exchange_once_in_so_many() -> None:
     assert exchange_bytes([ring], local, [TENSORS]) == 4 * 1024 // 8
 
 
+def test_updated_weights_come_on_top_of_sums_that_are_whole() -> None:
+    """By messages, parts of sums go round, and then parts of weights: as much as without sharing the optimizer."""
+    ring = Ring(2, 1e6, 1e-3)
+    for transport, share in (("grpc", 1.0), ("gloo", 1.5)):
+        found = Sharing.of(plan(2, replicas=2, zero="on", transport=transport), "SGD")
+        assert exchange_bytes([ring], found, [TENSORS]) == share * round(ring.sent_bytes(NONE, TENSORS))
+        assert exchange_seconds([ring], found, [TENSORS], 2) == pytest.approx([share * ring.seconds(NONE, TENSORS)])
+    assert exchange_bytes([ring], Sharing.of(plan(2, replicas=2, transport="gloo"), "SGD"), [TENSORS]) == round(
+        ring.sent_bytes(NONE, TENSORS)
+    )
+
+
 def test_one_replica_has_no_exchange() -> None:
     assert exchange_seconds((), sharing(), [TENSORS], 1) == []
     assert exchange_bytes((), sharing(), [TENSORS]) == 0

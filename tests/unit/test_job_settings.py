@@ -2,11 +2,22 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from gradwire.job.settings import JobSettings, load_job_settings, reference_values, write_toml
+from gradwire.job.settings import (
+    JobSettings,
+    TensorPlanName,
+    TransportName,
+    load_job_settings,
+    plan_of,
+    reference_values,
+    servers_of,
+    write_toml,
+)
+from gradwire.plan import Plan
+from gradwire.tensor_plans import AUTO, READY_PLANS
 from gradwire_protocol.errors import SettingsError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -42,13 +53,32 @@ def test_flags_over_environment_over_file_over_reference(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize(
     ("flags", "named"),
-    [({"steps": 0}, "steps"), ({"schedule": "zigzag"}, "schedule"), ({"lr": -1.0}, "lr"), ({"window": 17}, "window")],
+    [
+        ({"steps": 0}, "steps"),
+        ({"schedule": "zigzag"}, "schedule"),
+        ({"lr": -1.0}, "lr"),
+        ({"window": 17}, "window"),
+        ({"tensor": 0}, "tensor"),
+        ({"tensor_plan": "bert"}, "tensor_plan"),
+    ],
 )
 def test_a_wrong_flag_is_named(flags: dict[str, Any], named: str) -> None:
     with pytest.raises(SettingsError) as caught:
         load_job_settings(flags)
     assert named in caught.value.got
     assert caught.value.remedy
+
+
+def test_servers_of_a_stage_are_counted_and_come_into_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADWIRE_TENSOR_PLAN", "gpt")
+    settings = load_job_settings({"stages": 2, "replicas": 3, "tensor": 2, "transport": "gloo"})
+    assert servers_of(settings) == 12
+    plan = plan_of(settings)
+    assert (plan.tensor, plan.tensor_plan, plan.transport) == (2, "gpt", "gloo")
+    assert servers_of(load_job_settings({})) == 2
+    assert get_args(TensorPlanName) == (AUTO, *READY_PLANS)
+    for transport in get_args(TransportName):
+        assert Plan(transport=transport).transport == transport
 
 
 def test_a_wrong_environment_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from gradwire_coordinator.optimizer_costs import OptimizerCosts
 from gradwire_coordinator.partition_inputs import PartitionInputs, live_micro_batches
 from gradwire_coordinator.placement import looped, v_shaped
 from gradwire_coordinator.programs import ChosenSchedule
+from gradwire_coordinator.tensor.sharded_model import shard_model
 from gradwire_protocol.errors import Unreachable
 from gradwire_protocol.v1 import run_pb2
 
@@ -29,10 +30,11 @@ def inputs(servers: int, *, links: Links | None = None, memory: int = 0, **chang
     optimizer.groups.add(parameters=[f"W{i}" for i in range(NODES)])
     each = np.full(NODES + 1, 1e-3)
     costs = NodeCosts(2, each, each, each, np.full(NODES + 1, 100), MEASURED)
+    asked = plan(servers, **{"virtual_stages": 1, **changes})
     return PartitionInputs(
-        plan=plan(servers, **{"virtual_stages": 1, **changes}),
+        plan=asked,
         optimizer=OptimizerCosts(optimizer),
-        indexed=check_model(chain_model(NODES)),
+        sharded=shard_model(check_model(chain_model(NODES)), asked),
         costs=[costs] * servers,
         memory_bytes=[memory] * servers,
         links=links or {},

@@ -8,6 +8,7 @@ import pytest
 from gradwire.plan import _VIRTUAL_STAGES, Plan
 from gradwire_coordinator.named_schedules import AUTO, SCHEDULES, check_schedule
 from gradwire_protocol.errors import PlanError, SettingsError
+from gradwire_protocol.v1 import run_pb2
 
 
 def no_modules(path: str) -> int:
@@ -19,6 +20,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "stages": 1,
         "replicas": 1,
         "tensor": 1,
+        "tensor_plan": "auto",
         "microbatches": 8,
         "schedule": "auto",
         "exchange": "ring",
@@ -56,6 +58,10 @@ def test_is_frozen_and_keyword_only() -> None:
         ("window", 0),
         ("window", 17),
         ("replicas", 0),
+        ("tensor", 0),
+        ("tensor", True),
+        ("tensor_plan", {}),
+        ("tensor_plan", {"*": "diagonal"}),
         ("recompute", 1),
         ("checksums", "crc32c"),
         ("cuts", "layers.1"),
@@ -81,14 +87,13 @@ def test_a_wrong_value_is_named_with_what_was_expected(field: str, value: Any) -
 @pytest.mark.parametrize(
     ("field", "value", "supported"),
     [
-        ("tensor", 2, "1"),
         ("schedule", "zb-2p", "'zb-h1' or 'zb-v'"),
         ("compression", "fp8", '"int8"'),
         ("compression", 8, "'int8'"),
         ("activation_compression", "topk", "'int8' or 'auto'"),
         ("activation_compression", None, "'int8' or 'auto'"),
-        ("transport", "nccl", "'grpc'"),
-        ("transport", "gloo", "'auto'"),
+        ("transport", "mpi", "'gloo' or 'nccl'"),
+        ("tensor_plan", "mixtral", "'gpt2' or 'llama'"),
     ],
 )
 def test_what_is_not_carried_out_yet_says_what_is(field: str, value: Any, supported: str) -> None:
@@ -99,6 +104,15 @@ def test_what_is_not_carried_out_yet_says_what_is(field: str, value: Any, suppor
     assert caught.value.remedy
 
 
+@pytest.mark.parametrize("transport", ["gloo", "nccl"])
+def test_parameter_servers_take_messages(transport: str) -> None:
+    with pytest.raises(PlanError, match="goes as messages") as caught:
+        Plan(replicas=2, exchange="parameter-server", transport=transport)
+    assert "leave transport out" in caught.value.remedy
+    assert Plan(replicas=2, exchange="parameter-server", transport="grpc").transport == "grpc"
+    assert Plan(replicas=2, transport=transport).transport == transport
+
+
 def test_replicas_share_the_micro_batches() -> None:
     made = Plan(stages=2, replicas=3, microbatches=3, compression=" topk( density = 0.05 )")
     assert made.compression == "topk(density=0.05)"
@@ -106,6 +120,22 @@ def test_replicas_share_the_micro_batches() -> None:
     assert (message.replicas, message.exchange, message.compression) == (3, "ring", "topk(density=0.05)")
     with pytest.raises(PlanError, match="fewer micro-batches than replicas"):
         Plan(replicas=3, microbatches=2)
+
+
+def test_servers_of_a_stage_have_a_plan_of_their_own() -> None:
+    given = {"*.qkv.weight": "column"}
+    made = Plan(stages=2, tensor=2, tensor_plan=given, transport="gloo")
+    given["*"] = "whole"
+    assert made.tensor_plan == {"*.qkv.weight": "column"}
+    assert dataclasses.replace(made, tensor=4) == dataclasses.replace(dataclasses.replace(made), tensor=4)
+    assert hash(made) == hash(dataclasses.replace(made))
+    rules = [run_pb2.TensorRule(pattern="*.qkv.weight", split="column")]
+    message = made.to_proto(rows=8, cut_before=no_modules, rules=rules)
+    assert (message.tensor, list(message.tensor_plan), message.transport) == (2, rules, "gloo")
+    assert Plan(tensor=2, replicas=2, exchange="local").tensor == 2
+    with pytest.raises(PlanError, match="Parameter servers hold whole parameters") as caught:
+        Plan(tensor=2, exchange="parameter-server")
+    assert caught.value.remedy
 
 
 def test_local_steps_may_be_told_by_their_number() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 import pytest
-from plan_samples import replicated_summary, summary, timeline
+from plan_samples import replicated_summary, sharded_summary, summary, timeline
 from rich.console import Console
 
 from gradwire.cli.plan_view import picture_titles, plan_lines, plan_view
@@ -107,3 +107,16 @@ def test_replicas_have_their_own_servers_and_an_exchange() -> None:
     assert rows == [["0", "5.00", "0", "stage-0"], ["1", "5.00", "0", "stage-0-of-1"]]
     assert any(line.startswith("replicas: 2, which take 75.0%, 25.0%") for line in plan_lines(plan))
     assert not any(line.startswith("replicas") for line in plan_lines(PLAN))
+
+
+def test_servers_of_a_stage_are_told_apart_and_what_they_share_is_listed() -> None:
+    plan = RunPlan.from_proto(sharded_summary(), timeline())
+    lines = shown(160, plan=plan)
+    assert lines[0] == "a model: 4 servers (2 stages of 2 servers each), 2 micro-batches, schedule auto"
+    rows = [line.split()[:3] for line in lines if "stage-1" in line]
+    assert rows == [["1", "0", "stage-1-a"], ["1", "1", "stage-1-b"]]
+    assert words(lines, "blocks.*.mlp.2.weight") == ["blocks.*.mlp.2.weight", "row", "3"]
+    assert any(line.startswith("tensor: 2 servers a stage share parameters") for line in plan_lines(plan))
+    assert not any(line.startswith("tensor") for line in plan_lines(PLAN))
+    for width in (60, 80):
+        assert max(map(len, shown(width, plan=plan))) <= width

@@ -19,6 +19,8 @@ from gradwire_coordinator.plan_summary import summarise
 from gradwire_coordinator.planner import PlannedRun, Planner, plan_run
 from gradwire_coordinator.registry import Server
 from gradwire_coordinator.simulator import simulate
+from gradwire_coordinator.tensor.sharded_model import ShardedModel, shard_model
+from gradwire_coordinator.tensor_groups import Unit
 from gradwire_coordinator.ways import Servers
 from gradwire_protocol.errors import GradwireError, PlanError, Unreachable
 from gradwire_protocol.program import action_from_proto
@@ -39,7 +41,16 @@ def request(stages: int, **changes: Any) -> pb.CreateRunRequest:
     )
 
 
-def servers(count: int) -> list[Server]:
+def sharded(asked: pb.CreateRunRequest) -> ShardedModel:
+    return shard_model(check_model(asked.model), asked.plan)
+
+
+def servers(count: int) -> list[Unit]:
+    """Groups of one server each."""
+    return [(server,) for server in single_servers(count)]
+
+
+def single_servers(count: int) -> list[Server]:
     return [
         Server(
             server=f"stage-{position}",
@@ -65,7 +76,7 @@ def known(count: int, *, memory: int = 0, links: Links | None = None, source: st
 
 def planned(stages: int, **changes: Any) -> tuple[PlannedRun, pb.PlanSummary]:
     asked = request(stages, **changes)
-    made = plan_run(asked, check_model(asked.model), servers(stages), known(stages))
+    made = plan_run(asked, sharded(asked), servers(stages), known(stages))
     return made, summarise(asked.plan, made)
 
 
@@ -169,10 +180,10 @@ def test_traffic_counts_both_ways_and_codecs() -> None:
 
 def test_links_say_whether_they_were_measured() -> None:
     asked = request(3)
-    indexed = check_model(asked.model)
+    model = sharded(asked)
     gone = Unreachable("The stage server at 127.0.0.1:9002 does not answer")
     links: Links = {(0, 1): LINK, (1, 2): gone}
-    made = plan_run(asked, indexed, servers(3), known(3, links=links, source=ESTIMATED))
+    made = plan_run(asked, model, servers(3), known(3, links=links, source=ESTIMATED))
     first, second = made.prediction.links
     assert (first.stage, first.measured, first.reason) == (0, True, "")
     assert (first.forward_bytes_per_second, first.backward_bytes_per_second) == (1e6, 2e6)
@@ -180,11 +191,11 @@ def test_links_say_whether_they_were_measured() -> None:
     assert (second.stage, second.measured, second.reason) == (1, False, gone.message)
     assert second.forward_bytes_per_second == ASSUMED_LINK.forward
     assert made.prediction.cost_source == ESTIMATED
-    unknown = plan_run(asked, indexed, servers(3), known(3))
+    unknown = plan_run(asked, model, servers(3), known(3))
     assert [link.measured for link in unknown.prediction.links] == [False, False]
     # Back from the last server to the first, a measured link counts the other way round.
     looped = request(2, schedule="interleaved-1f1b", virtual_stages=2)
-    back = plan_run(looped, check_model(looped.model), servers(2), known(2, links={(0, 1): LINK})).prediction.links
+    back = plan_run(looped, sharded(looped), servers(2), known(2, links={(0, 1): LINK})).prediction.links
     assert [link.forward_bytes_per_second for link in back] == [1e6, 2e6, 1e6]
     assert all(link.measured for link in back)
 
@@ -192,7 +203,7 @@ def test_links_say_whether_they_were_measured() -> None:
 def test_a_slow_link_makes_the_warm_up_deeper() -> None:
     asked = request(3, schedule="1f1b", micro_batches=8, expected_rows=16)
     slow = LinkRate(1e9, 1e9, 20e-3)
-    made = plan_run(asked, check_model(asked.model), servers(3), known(3, links={(0, 1): slow, (1, 2): slow}))
+    made = plan_run(asked, sharded(asked), servers(3), known(3, links={(0, 1): slow, (1, 2): slow}))
     assert made.schedule.extra_warm_up > 0
     assert f"its warm-up is {made.schedule.extra_warm_up} deeper" in made.prediction.reason
 
@@ -200,10 +211,10 @@ def test_a_slow_link_makes_the_warm_up_deeper() -> None:
 def test_what_does_not_fit_in_memory_is_refused() -> None:
     asked = request(2, schedule="gpipe", micro_batches=8, expected_rows=16)
     with pytest.raises(PlanError, match=r"stage 0 lacks 648 bytes.*schedule=\"auto\""):
-        plan_run(asked, check_model(asked.model), servers(2), known(2, memory=7000))
+        plan_run(asked, sharded(asked), servers(2), known(2, memory=7000))
     # 1F1B does.
     asked.plan.schedule = "auto"
-    made = plan_run(asked, check_model(asked.model), servers(2), known(2, memory=7000))
+    made = plan_run(asked, sharded(asked), servers(2), known(2, memory=7000))
     assert {item.schedule: item.fits for item in made.prediction.candidates}["gpipe"] is False
     assert max(made.cut.way.held_bytes) < 7000
 
@@ -253,11 +264,11 @@ def test_links_are_measured_where_they_matter(
     for node in asked.model.train.nodes:
         node.flops.fixed = work
     found = servers(len(makes))
-    for server, make in zip(found, makes, strict=True):
+    for (server,), make in zip(found, makes, strict=True):
         server.device.name = make
     book = Asked()
     planner = Planner(book, CostBook(lambda address: None, seconds=0))
-    measured = planner.measure(asked.plan, check_model(asked.model), found)
+    measured = planner.measure(asked.plan, sharded(asked), found)
     assert [f"{first[-1]}{second[-1]}" for first, second in book.links] == expected
     assert measured.links == {(int(pair[0]), int(pair[1])): LINK for pair in expected}
     assert [costs.source for costs in measured.costs] == [ESTIMATED] * len(makes)
@@ -265,7 +276,7 @@ def test_links_are_measured_where_they_matter(
 
 def replicated(replicas: int, known_servers: Servers, **changes: Any) -> tuple[PlannedRun, pb.PlanSummary]:
     asked = request(2, replicas=replicas, schedule="1f1b", **changes)
-    made = plan_run(asked, check_model(asked.model), servers(2 * replicas), known_servers)
+    made = plan_run(asked, sharded(asked), servers(2 * replicas), known_servers)
     return made, summarise(asked.plan, made)
 
 
@@ -351,9 +362,9 @@ def test_a_faster_replica_takes_no_more_than_it_has_memory_for() -> None:
 
     def shares(memory: int) -> list[float]:
         of = dataclasses.replace(known(4, memory=memory), costs=[fast, fast, slow, slow])
-        return list(plan_run(asked, check_model(asked.model), servers(4), of).shares)
+        return list(plan_run(asked, sharded(asked), servers(4), of).shares)
 
-    of_two = plan_run(asked, check_model(asked.model), servers(4), known(4)).prediction.servers
+    of_two = plan_run(asked, sharded(asked), servers(4), known(4)).prediction.servers
     held = max(
         each.weight_bytes + each.gradient_bytes + each.optimizer_bytes + each.activation_bytes for each in of_two
     )
@@ -374,7 +385,7 @@ def test_links_of_all_replicas_and_between_them_are_measured() -> None:
         raise AssertionError(address)
 
     asked = request(2, replicas=2, activation_compression=["auto"])
-    Planner(Links(refuse), CostBook(refuse, seconds=0)).measure(asked.plan, check_model(asked.model), servers(4))
+    Planner(Links(refuse), CostBook(refuse, seconds=0)).measure(asked.plan, sharded(asked), servers(4))
     ports = {frozenset(int(address.rpartition(":")[2]) - 9000 for address in link) for link in measured}
     assert ports == {frozenset(pair) for pair in ((0, 1), (2, 3), (0, 2), (1, 3))}
 
@@ -389,7 +400,7 @@ def test_nodes_are_profiled_where_cuts_or_shares_hang_on_it(stages: int, threads
         raise Unreachable(f"{address} does not answer")
 
     asked = request(stages, replicas=2, expected_rows=2**24)
-    free = servers(2 * stages)
+    free = single_servers(2 * stages)
     free[-1].device.threads = threads
     CostBook(refuse).of(check_model(asked.model), asked.plan, free)
     assert bool(asked_of) == asks

@@ -7,7 +7,7 @@ import json
 from concurrent.futures import Future
 
 import pytest
-from plan_samples import MIB, replicated_summary, summary, timeline
+from plan_samples import MIB, replicated_summary, sharded_summary, summary, timeline
 
 from gradwire.measured_steps import MOST_STEPS, MeasuredStep, MeasuredSteps
 from gradwire.report import Report, make_report
@@ -178,3 +178,38 @@ def test_servers_of_replicas_are_told_apart_and_their_shares_counted() -> None:
     assert "compression" not in finding
     plain = make_report(dataclasses.replace(plan, compression="none"), [MeasuredStep.of(2, 8, of_all)], names, rows=8)
     assert any('compression="int8"' in text for text in plain.findings)
+
+
+def shared_stages(plan: coordinator_pb2.PlanSummary, waits: float) -> Report:
+    """A step of a plan with two servers a stage, all of which compute as long, and wait so long for each other."""
+    made = RunPlan.from_proto(sharded_summary(plan), timeline())
+    names = [server.server for server in made.servers]
+    each = timing({"forward": 0.04, "backward": 0.08}, {"wait-exchange": waits})
+    step = run_pb2.EntryResult(seconds=0.2, timings=dict.fromkeys(names, each))
+    return make_report(made, [MeasuredStep.of(2, 8, step)], names, rows=8)
+
+
+def test_servers_of_a_stage_are_told_apart() -> None:
+    made = shared_stages(summary(), 0.01)
+    assert [(server.position, server.shard) for server in made.servers] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [server.stages for server in made.servers] == [(0,), (0,), (1,), (1,)]
+    assert made.servers[3].name == "server 1 (stage 1, shard 1)"
+    assert [server.forward.predicted for server in made.servers] == pytest.approx([0.04] * 4)
+    table = [line.split() for line in str(made).splitlines()]
+    assert table[1][:3] == ["server", "shard", "stages"]
+    assert table[5][:3] == ["stage-1-b", "1", "1"]
+    assert not any("replan" in finding or "wait" in finding for finding in made.findings)
+
+    both = shared_stages(replicated_summary(), 0.01)
+    assert both.servers[7].name == "server 1 (stage 1, shard 1) of replica 1"
+    assert str(both).splitlines()[1].split()[:4] == ["server", "replica", "shard", "stages"]
+
+
+def test_too_much_waiting_within_a_stage_is_said() -> None:
+    (finding,) = [text for text in shared_stages(summary(), 0.12).findings if "wait" in text]
+    assert finding == (
+        "servers wait 50% of the time for what the other servers of their stage send: fewer servers a stage (tensor), "
+        "and more stages, exchange less"
+    )
+    (finding,) = [text for text in shared_stages(replicated_summary(), 0.12).findings if "wait" in text]
+    assert "of their stage or other replicas send" in finding

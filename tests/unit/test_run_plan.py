@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from plan_samples import MIB, replicated_summary, summary, timeline
+from plan_samples import MIB, replicated_summary, sharded_summary, summary, timeline
 
-from gradwire.run_plan import RunPlan, replica_lines
+from gradwire.planned_tensor import SplitParameter, tensor_lines
+from gradwire.run_plan import RunPlan, grid_lines, replica_lines
 from gradwire.timeline_drawing import TimedAction
 from gradwire_protocol.program import Action
 from gradwire_protocol.v1 import coordinator_pb2 as pb
@@ -77,7 +78,8 @@ def test_replicas_are_copies_of_the_pipeline() -> None:
 
 
 def test_of_one_replica_there_is_nothing_to_tell() -> None:
-    assert list(replica_lines(PLAN)) == []
+    assert list(grid_lines(PLAN)) == []
+    assert (PLAN.transport, PLAN.transport_reason) == ("", "")
 
 
 @pytest.mark.parametrize(("every", "words"), [(50, "every 50 steps"), (1, "every 1 step")])
@@ -100,3 +102,42 @@ def test_who_has_the_optimizers_state_is_told_with_the_reason() -> None:
     plan = RunPlan.from_proto(made)
     assert list(replica_lines(plan))[1:] == ["they share the optimizer's state: it costs neither precision nor traffic"]
     assert (plan.shards_optimizer, plan.to_record()["zero_reason"]) == (True, made.zero_reason)
+
+
+def test_what_moves_sums_is_told_once() -> None:
+    for made in (replicated_summary(), sharded_summary(), sharded_summary(replicated_summary())):
+        made.transport, made.transport_reason = "gloo", "the plan asks for it"
+        plan = RunPlan.from_proto(made)
+        assert [line for line in str(plan).splitlines() if "gloo" in line] == ["  transport gloo: the plan asks for it"]
+        assert plan.to_record()["transport"] == "gloo"
+
+
+def test_several_servers_share_a_stage() -> None:
+    assert (PLAN.tensor, PLAN.shards, PLAN.positions, list(tensor_lines(PLAN.tensor))) == (None, 1, 2, [])
+    assert PLAN.to_record()["tensor"] is None
+    made = RunPlan.from_proto(sharded_summary(), timeline())
+    assert made.tensor is not None
+    assert (made.shards, made.positions, made.servers_each, made.virtual_stages) == (2, 2, 4, 1)
+    assert [(server.position, server.shard) for server in made.servers] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [stage.server for stage in made.stages] == [0, 1]
+    assert made.tensor.parameters[0] == SplitParameter(name="blocks.0.mlp.0.weight", split="column")
+    # Layers are alike; numbers behind a layer's tell modules apart within it.
+    assert made.tensor.kinds() == [("blocks.*.mlp.0.weight", "column", 3), ("blocks.*.mlp.2.weight", "row", 3)]
+    text = str(made).splitlines()
+    assert text[0].startswith("auto, 2 stages on 4 servers, 2 micro-batches")
+    assert text[3:5] == [
+        "  tensor: 2 servers a stage share parameters (3 by column, 3 by row); in a micro-batch they exchange 3 times "
+        "forward and 4 times backward, 3.00 MiB from each",
+        "  transport gloo: no server has a GPU",
+    ]
+    record = json.loads(json.dumps(made.to_record()))
+    assert record["tensor"]["parameters"][1] == {"name": "blocks.0.mlp.2.weight", "split": "row"}
+    assert record["servers"][1]["shard"] == 1
+
+
+def test_replicas_of_shared_stages_are_told_apart() -> None:
+    made = RunPlan.from_proto(sharded_summary(replicated_summary()), timeline())
+    assert [(server.replica, server.position, server.shard) for server in made.servers] == [
+        (replica, position, shard) for replica in (0, 1) for position in (0, 1) for shard in (0, 1)
+    ]
+    assert (made.replicas, made.servers_each, made.positions) == (2, 4, 2)

@@ -47,6 +47,21 @@ def test_who_shares_the_optimizers_state_and_why(
         raise ValueError(found.reason)
 
 
+@pytest.mark.parametrize("transport", ["gloo", "nccl"])
+def test_sums_that_are_whole_at_all_are_shared_only_if_the_plan_says_so(transport: str) -> None:
+    left_open = of(transport=transport)
+    assert (left_open.sums_by, left_open.shards_optimizer) == (transport, False)
+    assert (
+        left_open.reason == f"{transport} adds up the whole at each replica, so that gathering would be traffic on top"
+    )
+    assert of(transport=transport, zero="on").shards_optimizer
+    # What is encoded goes as messages, and who is alone adds up nothing.
+    for fields in ({"compression": "int8"}, {"replicas": 1}):
+        assert of(transport=transport, **fields).sums_by == ""
+    assert of(transport="grpc").sums_by == of().sums_by == ""
+    assert of(transport="grpc").shards_optimizer
+
+
 @pytest.mark.parametrize("optimizer", sorted(NEED_WHOLE_PARAMETERS))
 def test_optimizers_of_whole_matrices_share_only_if_the_plan_says_so(optimizer: str) -> None:
     left_open = of(optimizer)

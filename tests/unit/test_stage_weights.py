@@ -50,6 +50,15 @@ def test_parameters_and_persistent_buffers_are_read_and_the_rest_is_left_to_the_
     assert [weights.read(item) for item in specs[2:]] == [None, None]
 
 
+def test_of_what_shards_have_parts_of_the_whole_is_read(root: Path) -> None:
+    part = spec("layer.weight")
+    part.shape[:] = [2, 1]
+    part.split.CopyFrom(graph_pb2.TensorSplit(dimension=1, sections=[3]))
+    read = ServerWeights(run_pb2.LoadState(weights_directory="some"), root, [part]).read(part)
+    assert read is not None
+    assert torch.equal(read, STATE["layer.weight"].double())
+
+
 def test_a_prefix_says_which_are_read(root: Path) -> None:
     load = run_pb2.LoadState(weights_directory="some", weights_prefix="model.")
     weights = ServerWeights(load, root, [spec("model.layer.weight"), spec("head")])
