@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ from allreduce import CODECS, LOOPBACK, NONE, shown_rate
 from exchange_peers import ALONE, DDP, DDP_FP16, DDP_POWERSGD, REPLICAS
 from exchange_peers import __file__ as PEERS_SCRIPT
 from gradwire.job.gpt import next_byte_loss
-from peers import BATCH, LEARNING_RATE, MICRO_BATCHES, TOKENS_A_STEP, Peer, make_batch, make_model
+from peers import BATCH, LEARNING_RATE, MICRO_BATCHES, Peer, make_batch, make_model
 from report import Claim, add_arguments, finish
+from turns import Contender, Speeds, speed_ratio, take_turns
 
 # The tests make the same networks.
 sys.path.append(str(Path(__file__).parents[1] / "tests/integration"))
@@ -45,10 +46,8 @@ SLOW = 100.0
 EVERY = 20
 LOCAL = f"gradwire, local steps, every={EVERY}, int8"
 
-# Runs so many steps, and returns the seconds that they take.
-Contender = Callable[[int], float]
 # Tokens a second, by link, contender and round.
-Found = dict[str, dict[str, list[float]]]
+Found = dict[str, Speeds]
 
 
 def ours(codec: str) -> str:
@@ -86,18 +85,6 @@ def make_peer(stack: contextlib.ExitStack, name: str, inside: Sequence[Sequence[
     return stack.enter_context(peer).run
 
 
-def take_turns(contenders: dict[str, Contender], rounds: int, steps: int) -> dict[str, list[float]]:
-    """Return tokens a second, by round."""
-    found: dict[str, list[float]] = {name: [] for name in contenders}
-    for contender in contenders.values():
-        contender(1)
-    for number in range(rounds):
-        # Forwards and backwards, so that no one always comes behind the same other.
-        for name, contender in list(contenders.items())[:: 1 if number % 2 else -1]:
-            found[name].append(steps * TOKENS_A_STEP / contender(steps))
-    return found
-
-
 def on_loopback(codecs: Sequence[str], rounds: int, steps: int) -> Found:
     with contextlib.ExitStack() as stack:
         cluster = stack.enter_context(gradwire.local(stage_servers=REPLICAS * (len(codecs) + 1), threads=1))
@@ -130,10 +117,7 @@ def on_links(network: TwoHosts, codecs: Sequence[str], megabits: Sequence[float]
 
 def ratio(found: Found, link: str, name: str, to: str) -> float:
     """Return the median over rounds of one contender's speed by another's; NaN where that was not measured."""
-    speeds = found.get(link, {})
-    if name not in speeds or to not in speeds:
-        return math.nan
-    return statistics.median(a / b for a, b in zip(speeds[name], speeds[to], strict=True))
+    return speed_ratio(found.get(link, {}), name, to)
 
 
 def rows_of(found: Found) -> list[dict[str, Any]]:

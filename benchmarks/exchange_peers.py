@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import time
 from collections.abc import Callable
 
 import torch
@@ -19,7 +18,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 from gradwire.job.gpt import next_byte_loss
-from peers import LEARNING_RATE, MICRO_BATCHES, make_batch, make_model
+from peers import LEARNING_RATE, MICRO_BATCHES, make_batch, make_model, serve
 
 REPLICAS = 2
 RANK_OF_POWERSGD = 4
@@ -69,12 +68,7 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=REPLICAS)
     step = make_step(name, rank)
-    for line in sys.stdin:
-        started = time.perf_counter()
-        for _ in range(int(line)):
-            step()
-        dist.barrier()
-        print(time.perf_counter() - started, flush=True)
+    serve(step)
     dist.destroy_process_group()
 
 

@@ -173,6 +173,17 @@ def torch_pipeline(name: str, rank: int) -> Callable[[], None]:
     return step
 
 
+def serve(step: Callable[[], None]) -> None:
+    """Take orders as `Peer` gives them: numbers of steps, each answered by the seconds until all processes had done."""
+    for line in sys.stdin:
+        started = time.perf_counter()
+        for _ in range(int(line)):
+            step()
+        if dist.is_initialized():
+            dist.barrier()
+        print(time.perf_counter() - started, flush=True)
+
+
 def main() -> None:
     name, rank, rendezvous = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     processes, threads, stages_each = PEERS[name]
@@ -182,13 +193,7 @@ def main() -> None:
         step = torch_pipeline(name, rank)
     else:
         step = one_process(MICRO_BATCHES if "micro-batches" in name else 1)
-    for line in sys.stdin:
-        started = time.perf_counter()
-        for _ in range(int(line)):
-            step()
-        if stages_each:
-            dist.barrier()
-        print(time.perf_counter() - started, flush=True)
+    serve(step)
     if stages_each:
         dist.destroy_process_group()
 

@@ -9,29 +9,24 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import os
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 import gradwire
 from gradwire.job.gpt import next_byte_loss
-from peers import BATCH, LEARNING_RATE, MICRO_BATCHES, TOKENS_A_STEP, Peer, make_batch, make_model
+from peers import BATCH, LEARNING_RATE, MICRO_BATCHES, Peer, make_batch, make_model
 from report import Claim, add_arguments, finish
 from tensor_peers import DTENSOR, SERVERS
 from tensor_peers import __file__ as PEERS_SCRIPT
+from turns import Contender, Speeds, speed_ratio, take_turns
 
 ONE = "one process, 1 thread"
 SHARED, GRPC, GLOO = "gradwire, shared memory", "gradwire, gRPC alone", "gradwire, gloo"
 PIPELINE = "gradwire, 2 stages instead"
-
-# Runs so many steps, and returns the seconds that they take.
-Contender = Callable[[int], float]
-# Tokens a second, by contender and round.
-Found = dict[str, list[float]]
 
 
 @contextlib.contextmanager
@@ -66,32 +61,13 @@ def make_contender(stack: contextlib.ExitStack, plan: gradwire.Plan, *, shared_m
     return run
 
 
-def take_turns(contenders: dict[str, Contender], rounds: int, steps: int) -> Found:
-    """Return tokens a second, by round."""
-    found: Found = {name: [] for name in contenders}
-    for contender in contenders.values():
-        contender(1)
-    for number in range(rounds):
-        # Forwards and backwards, so that no one always comes behind the same other.
-        for name, contender in list(contenders.items())[:: 1 if number % 2 else -1]:
-            found[name].append(steps * TOKENS_A_STEP / contender(steps))
-    return found
-
-
-def ratio(found: Found, name: str, to: str) -> float:
-    """Return the median over rounds of one contender's speed by another's; NaN where that was not measured."""
-    if name not in found or to not in found:
-        return math.nan
-    return statistics.median(a / b for a, b in zip(found[name], found[to], strict=True))
-
-
-def rows_of(found: Found) -> list[dict[str, Any]]:
+def rows_of(found: Speeds) -> list[dict[str, Any]]:
     return [
         {
             "contender": name,
             "tokens a second": statistics.median(speeds),
-            "× torch": ratio(found, name, DTENSOR),
-            "× one process": ratio(found, name, ONE),
+            "× torch": speed_ratio(found, name, DTENSOR),
+            "× one process": speed_ratio(found, name, ONE),
             "slowest": min(speeds),
             "fastest": max(speeds),
         }
@@ -99,16 +75,16 @@ def rows_of(found: Found) -> list[dict[str, Any]]:
     ]
 
 
-def claims_of(found: Found) -> list[Claim]:
+def claims_of(found: Speeds) -> list[Claim]:
     """What was not measured does not hold."""
     return [
         Claim.at_least(
             "With gloo on loopback, 2-way tensor on the 6.5 M GPT reaches ≥ 0.9 × what torch's own "
             "`parallelize_module` with DTensor reaches in the same run",
-            ratio(found, GLOO, DTENSOR),
+            speed_ratio(found, GLOO, DTENSOR),
             0.9,
         ),
-        Claim.at_least("with gRPC ≥ 0.5 ×", ratio(found, GRPC, DTENSOR), 0.5),
+        Claim.at_least("with gRPC ≥ 0.5 ×", speed_ratio(found, GRPC, DTENSOR), 0.5),
     ]
 
 

@@ -7,7 +7,6 @@ line on standard input is a number of steps, the answer the seconds that they to
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 
 import torch
@@ -18,7 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn import functional as F
 
 from gradwire.job.gpt import next_byte_loss
-from peers import BATCH, LEARNING_RATE, MICRO_BATCHES, SHAPE, make_batch, make_model
+from peers import BATCH, LEARNING_RATE, MICRO_BATCHES, SHAPE, make_batch, make_model, serve
 
 SERVERS = 2
 DTENSOR = "torch parallelize_module, gloo"
@@ -69,12 +68,7 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=SERVERS)
     step = make_step()
-    for line in sys.stdin:
-        started = time.perf_counter()
-        for _ in range(int(line)):
-            step()
-        dist.barrier()
-        print(time.perf_counter() - started, flush=True)
+    serve(step)
     dist.destroy_process_group()
 
 

@@ -175,20 +175,10 @@ class Cluster:
         many free servers as the plan needs are taken for as long as they measure what is not known of them. Errors as
         of `trainer`.
         """
-        from gradwire.run_request import make_request  # imports torch
+        from gradwire.run_request import make_plan_request  # imports torch
 
-        request = make_request(
-            model,
-            optimizer,
-            loss=loss,
-            example=example,
-            plan=plan or Plan(),
-            seed=0,
-            max_grad_norm=None,
-            precision=precision,
-            description="",
-            dynamic=dynamic,
-            micro_batch_rows=micro_batch_rows,
+        request = make_plan_request(
+            model, optimizer, plan or Plan(), loss, example, precision, dynamic, micro_batch_rows
         )
         return self._planned(request.message)
 
@@ -211,24 +201,12 @@ class Cluster:
         what they have in common. Errors as of `plan`; PlanError if no grid can be carried out.
         """
         from gradwire.grid_search import search_grids
-        from gradwire.run_request import make_request  # imports torch
+        from gradwire.run_request import make_plan_request  # imports torch
 
         if isinstance(servers, bool) or not isinstance(servers, int) or servers < 1:
             raise PlanError("servers is not valid", expected="a whole number, 1 or more", got=repr(servers))
         asked = dataclasses.replace(plan or Plan(), stages=1, replicas=1, tensor=1)
-        request = make_request(
-            model,
-            optimizer,
-            loss=loss,
-            example=example,
-            plan=asked,
-            seed=0,
-            max_grad_norm=None,
-            precision=precision,
-            description="",
-            dynamic=dynamic,
-            micro_batch_rows=micro_batch_rows,
-        )
+        request = make_plan_request(model, optimizer, asked, loss, example, precision, dynamic, micro_batch_rows)
         return search_grids(asked, servers, lambda wanted: self._planned(request.with_plan(wanted)))
 
     def _planned(self, request: coordinator_pb2.CreateRunRequest) -> RunPlan:

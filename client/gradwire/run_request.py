@@ -88,3 +88,29 @@ def make_request(
         description=description or type(model).__name__,
     )
     return RunRequest(message, exported, reader, tensors, plan_message)
+
+
+def make_plan_request(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    plan: Plan,
+    loss: Callable[..., Any] | nn.Module | None,
+    example: tuple[Any, ...] | Mapping[str, Any],
+    precision: str | None,
+    dynamic: Dynamic | None,
+    micro_batch_rows: int | None,
+) -> RunRequest:
+    """Return the request for a plan that is only asked for: seed and clipping have no part in it."""
+    return make_request(
+        model,
+        optimizer,
+        loss=loss,
+        example=example,
+        plan=plan,
+        seed=0,
+        max_grad_norm=None,
+        precision=precision,
+        description="",
+        dynamic=dynamic,
+        micro_batch_rows=micro_batch_rows,
+    )

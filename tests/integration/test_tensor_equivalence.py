@@ -14,11 +14,11 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import torch.nn.functional as F
 from cluster_in_process import cluster_in_process
+from cluster_processes import process_of, wait_until_free
 from kept_exports import keep_exports
 from torch import nn
 
@@ -295,24 +295,6 @@ def test_dropout_draws_what_one_server_draws(four_processes: gradwire.Cluster) -
         assert other_losses == pytest.approx(losses, rel=1e-10)
         for name, weight in state.items():
             close(name, other_state[name], weight)
-
-
-def process_of(cluster: gradwire.LocalCluster, name: str) -> psutil.Process:
-    (address,) = [server.address for server in cluster.status().servers if server.server == name]
-    port = int(address.rpartition(":")[2])
-    (found,) = [
-        process
-        for process in map(psutil.Process, cluster.process_ids)
-        if any(item.laddr.port == port and item.status == psutil.CONN_LISTEN for item in process.net_connections())
-    ]
-    return found
-
-
-def wait_until_free(cluster: gradwire.LocalCluster) -> None:
-    deadline = time.monotonic() + 15
-    while any(server.activity.run for server in cluster.status().servers):
-        assert time.monotonic() < deadline, "a server is not free again"
-        time.sleep(0.1)
 
 
 def test_a_shard_that_stands_still_or_dies_in_a_step_is_named() -> None:

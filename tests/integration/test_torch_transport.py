@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import torch.nn.functional as F
+from cluster_processes import process_of, wait_until_free
 from replica_subject import (
     check_first_step,
     check_replicas_are_one,
@@ -158,24 +158,6 @@ def test_what_cannot_be_is_refused_before_the_run(cluster: gradwire.Cluster) -> 
     assert "leave transport out" in (caught.value.remedy or "")
     with train(cluster, exchange="parameter-server", stages=1, cuts=None) as trainer:
         assert trainer.plan.transport == "grpc"
-
-
-def process_of(cluster: gradwire.LocalCluster, name: str) -> psutil.Process:
-    (address,) = [server.address for server in cluster.status().servers if server.server == name]
-    port = int(address.rpartition(":")[2])
-    (found,) = [
-        process
-        for process in map(psutil.Process, cluster.process_ids)
-        if any(item.laddr.port == port and item.status == psutil.CONN_LISTEN for item in process.net_connections())
-    ]
-    return found
-
-
-def wait_until_free(cluster: gradwire.LocalCluster, *, but: str = "") -> None:
-    deadline = time.monotonic() + 15
-    while held := [each.server for each in cluster.status().servers if each.activity.run and each.server != but]:
-        assert time.monotonic() < deadline, f"{held} are not free again"
-        time.sleep(0.1)
 
 
 def failure(trainer: gradwire.Trainer, batch: Any, stop: Callable[[], None]) -> gradwire.GradwireError:
