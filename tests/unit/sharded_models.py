@@ -178,6 +178,11 @@ class Middle:
 
 MIDDLES: dict[str, Middle] = {
     "gelu": Middle(lambda m, h: F.gelu(h)),
+    "glu": Middle(lambda m, h: F.glu(h, -1), INNER // 2),
+    "glu along another dimension": Middle(lambda m, h: F.glu(torch.cat([h, h.tanh()], 1), 1)),
+    "movedim": Middle(
+        lambda m, h: h.view(*h.shape[:2], HEADS, -1).movedim((2, 3), (0, 1)).tanh().movedim((1, 0), (-1, -2)).flatten(2)
+    ),
     "chunk": Middle(lambda m, h: attended(*h.chunk(3, -1), is_causal=True), 8),
     "split": Middle(lambda m, h: attended(*h.split(8, -1)), 8),
     "slices": Middle(lambda m, h: attended(h[..., :8], h[..., 8:-8], h[..., -8:]), 8),

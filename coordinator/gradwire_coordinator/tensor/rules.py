@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from gradwire_coordinator.tensor import elementwise, products, shapes
+from gradwire_coordinator.tensor import cuts, elementwise, products, reductions, shapes
 from gradwire_coordinator.tensor.rewriter import Rule
 
-RULES: dict[str, Rule] = {**elementwise.RULES, **shapes.RULES, **products.RULES}
+RULES: dict[str, Rule] = {
+    **elementwise.RULES,
+    **shapes.RULES,
+    **cuts.RULES,
+    **reductions.RULES,
+    **products.RULES,
+}

@@ -99,6 +99,8 @@ def output_sections(index: GraphIndex, use: Use, shards: int) -> tuple[int, ...]
 def _cut_up(node: graph_pb2.Node, part: Part) -> list[int]:
     """Return the pieces into which a node cuts the last dimension; empty: it does not."""
     name = node.target.split(".")[1].removeprefix("unsafe_") if node.target.startswith("aten.") else ""
+    if name == "glu" and integer_of(node, 1, "dim", -1) in (-1, part.dim):
+        return [part.size // 2] * 2
     if name not in ("split", "split_with_sizes", "chunk"):
         return []
     dim = integer_of(node, 2, "dim", 0)
