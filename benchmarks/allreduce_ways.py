@@ -152,6 +152,7 @@ class _Replica:
             optimizer=run_pb2.Optimizer(name="SGD"),
             loss_form=graph_pb2.LOSS_FORM_MEAN_OVER_ROWS,
             compression=self._codec,
+            transport="grpc",
         )
 
 
