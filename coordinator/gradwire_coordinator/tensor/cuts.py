@@ -13,9 +13,10 @@ from gradwire_coordinator.tensor.calls import (
     of_value,
     set_argument,
 )
+from gradwire_coordinator.tensor.known_values import Place
 from gradwire_coordinator.tensor.operands import dim_of, split_operand
 from gradwire_coordinator.tensor.parts import Part, is_static, pieces
-from gradwire_coordinator.tensor.rewriter import NotKeptError, Place, Rewriter, Rule
+from gradwire_coordinator.tensor.rewriter import NotKeptError, Rewriter, Rule
 from gradwire_protocol.v1 import graph_pb2
 
 

@@ -12,8 +12,9 @@ from gradwire_coordinator.tensor.calls import (
     rename_values,
     written_values,
 )
+from gradwire_coordinator.tensor.known_values import Place
 from gradwire_coordinator.tensor.parts import Part
-from gradwire_coordinator.tensor.rewriter import NotKeptError, Place, Rewriter, Rule
+from gradwire_coordinator.tensor.rewriter import NotKeptError, Rewriter, Rule
 from gradwire_protocol.group_operators import DROPOUT
 from gradwire_protocol.operators import ALLOWED_OPERATORS
 from gradwire_protocol.v1 import graph_pb2

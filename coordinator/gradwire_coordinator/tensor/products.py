@@ -15,8 +15,9 @@ from gradwire_coordinator.tensor.calls import (
     set_argument,
     value_of,
 )
+from gradwire_coordinator.tensor.known_values import Place
 from gradwire_coordinator.tensor.parts import Part
-from gradwire_coordinator.tensor.rewriter import NotKeptError, Place, Rewriter, Rule
+from gradwire_coordinator.tensor.rewriter import NotKeptError, Rewriter, Rule
 from gradwire_protocol.group_operators import ATTENTION, CROSS_ENTROPY, EMBEDDING
 from gradwire_protocol.v1 import graph_pb2, tensors_pb2
 

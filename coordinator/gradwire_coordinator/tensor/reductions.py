@@ -9,8 +9,9 @@ from gradwire_coordinator.tensor.calls import (
     set_argument,
     value_of,
 )
+from gradwire_coordinator.tensor.known_values import Place
 from gradwire_coordinator.tensor.operands import split_operand
-from gradwire_coordinator.tensor.rewriter import NotKeptError, Place, Rewriter, Rule
+from gradwire_coordinator.tensor.rewriter import NotKeptError, Rewriter, Rule
 from gradwire_protocol.v1 import graph_pb2
 
 

@@ -4,7 +4,8 @@ A value is *whole* (every server has all of it, and all of its gradient, the sam
 keeps the split of what it reads, the node stays, with local sizes. Otherwise parts are brought together before it. A
 whole value that a split computation reads goes through COPY, which adds up its gradient's shares.
 
-Leaves to others: what operators do with parts (`rules.py`), and which parameters are split (`tensor_plan.py`).
+Leaves to others: what is known of values (`known_values.py`), what operators do with parts (`rules.py`), and which
+parameters are split (`tensor_plan.py`).
 """
 
 from __future__ import annotations
@@ -15,14 +16,13 @@ from dataclasses import dataclass
 from gradwire_coordinator.graph_index import GraphIndex, read_values
 from gradwire_coordinator.tensor.aliases import Aliases
 from gradwire_coordinator.tensor.calls import of_integer, of_integers, of_value, rename_values, written_values
-from gradwire_coordinator.tensor.parts import Part, sizes_of
+from gradwire_coordinator.tensor.known_values import KnownValues, Place
+from gradwire_coordinator.tensor.parts import Part
 from gradwire_protocol.errors import GradwireError, PlanError
 from gradwire_protocol.group_operators import COPY, GATHER, SPLIT, SUM
 from gradwire_protocol.v1 import graph_pb2
 
-# Of a value: the part that each server has; None: all of it. Of a tuple: of each item.
-Place = Part | None | tuple[Part | None, ...]
-# Node -> what the rewritten one gives; raises `NotKept` where the operator cannot work on parts.
+# Node -> what the rewritten one gives; raises NotKeptError where the operator cannot work on parts.
 Rule = Callable[["Rewriter", graph_pb2.Node], Place]
 
 
@@ -50,7 +50,7 @@ class Rewritten:
     starts: tuple[int, ...]
 
 
-class Rewriter:
+class Rewriter(KnownValues):
     """One graph on its way. `run()` once; or, to try a plan, `step` for some of its nodes."""
 
     def __init__(
@@ -66,26 +66,16 @@ class Rewriter:
         trying: bool = False,
         tolerated: Collection[str] = (),
     ) -> None:
-        """tensors: of the whole model. part_of_tensor: how one of them is split, asked for when a node reads it first.
+        """trying: raise NotKeptError or NeedsPartError where a plan would need more than its products' sums.
 
-        suggest: told, before that, of a tensor that a split value is multiplied by, the split that would go with it.
-        learned: values that have a gradient, or may. trying: raise NotKeptError or NeedsPartError where a plan would
-        need more than its products' sums, but for the computed values that are tolerated to be whole.
+        tolerated: computed values that may be whole all the same. The rest is as for KnownValues.
         """
-        self.index = index
-        self.shards = shards
+        super().__init__(index, tensors, shards, part_of_tensor, suggest, learned)
+        self._rules = rules
         self._trying = trying
         self._tolerated = tolerated
-        self._tensors = tensors
-        self._rules = rules
-        self._part_of_tensor = part_of_tensor
-        self._suggest = suggest
-        self._learned = set(learned)
-        self._places: dict[str, Place] = {}
-        self._specs: dict[str, graph_pb2.ValueSpec] = {}
         self._nodes: list[graph_pb2.Node] = []
         self._starts: list[int] = []
-        self._names = set(index.producers) | set(index.inputs) | set(index.tensors)
         # What was made of a value, by kind and value; copies hold for a stretch without an exchange forward.
         self._made: dict[tuple[object, ...], str] = {}
         self._copies: list[str] = []
@@ -93,47 +83,6 @@ class Rewriter:
         self._aliases = Aliases(index)
         self._renamed: dict[str, str] = {}
         self._current = graph_pb2.Node()
-
-    # --- what rules ask
-
-    def place(self, value: str) -> Place:
-        """Return what servers have of a value."""
-        if value not in self._places:
-            tensor = self.index.tensors.get(value)
-            self._places[value] = None if tensor is None else self._part_of_tensor(tensor)
-        return self._places[value]
-
-    def part_of(self, value: str) -> Part | None:
-        """Return the part that servers have of a tensor; None: all of it."""
-        found = self.place(value) if value else None
-        return found if isinstance(found, Part) else None
-
-    def suggest(self, value: str, part: Part) -> None:
-        """Say how a factor would be split best, if it is a tensor of the model that nobody has read yet."""
-        tensor = self.index.tensors.get(value)
-        if tensor is not None and value not in self._places:
-            self._suggest(tensor, part)
-
-    def sizes(self, value: str) -> list[int]:
-        """Return the sizes of the whole value, for comparing (`parts.sizes_of`)."""
-        return sizes_of(self.spec(value))
-
-    def spec(self, value: str) -> graph_pb2.ValueSpec:
-        """Return the shape and type of the whole value."""
-        if value not in self._specs:
-            tensor = self._tensors.get(self.index.tensors.get(value, ""))
-            if tensor is None:
-                return self.index.spec(value)
-            self._specs[value] = graph_pb2.ValueSpec(
-                kind=graph_pb2.VALUE_KIND_TENSOR,
-                data_type=tensor.data_type,
-                shape=[graph_pb2.AffineSize(fixed=size) for size in tensor.shape],
-            )
-        return self._specs[value]
-
-    def is_tensor(self, value: str) -> bool:
-        """Whether a value is a tensor."""
-        return bool(value) and self.spec(value).kind == graph_pb2.VALUE_KIND_TENSOR
 
     # --- what rules make of operands
 
@@ -298,10 +247,6 @@ class Rewriter:
         self._renamed |= names
         self._places[names[value]], self._places[value] = self._places[value], None
 
-    def _is_split(self, value: str) -> bool:
-        place = self.place(value)
-        return isinstance(place, Part) or (isinstance(place, tuple) and any(item is not None for item in place))
-
     def _on_wholes(self, node: graph_pb2.Node, read: Sequence[str]) -> None:
         """Bring together what an operator reads that has no rule, or one that says so."""
         names = {}
@@ -325,16 +270,10 @@ class Rewriter:
         self._put(made, None)
 
     def _put(self, node: graph_pb2.Node, place: Place) -> None:
-        self._places[node.name] = place
-        if node.name not in self.index.producers:
-            whole = graph_pb2.ValueSpec()
-            whole.CopyFrom(node.output)
-            self._specs[node.name] = whole
+        self._take(node, place)
         if isinstance(place, Part):
             size = node.output.shape[place.dim]
             size.fixed //= self.shards
-        if any(value in self._learned for value in read_values(node)):
-            self._learned.add(node.name)
         self._nodes.append(node)
 
     def _derived(
@@ -355,14 +294,6 @@ class Rewriter:
                 self._exchanges += 1
             self._made[key] = self.make(f"{value}.{suffix}", target, [of_value(value), *arguments], spec, place)
         return self._made[key]
-
-    def _new_name(self, name: str) -> str:
-        made, number = name, 1
-        while made in self._names:
-            number += 1
-            made = f"{name}{number}"
-        self._names.add(made)
-        return made
 
     def _scale(self, node: graph_pb2.Node) -> None:
         """Each server does its share of a node's work."""

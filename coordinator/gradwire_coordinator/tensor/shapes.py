@@ -11,9 +11,10 @@ from gradwire_coordinator.tensor.calls import (
     of_value,
     set_argument,
 )
+from gradwire_coordinator.tensor.known_values import Place
 from gradwire_coordinator.tensor.operands import dim_of, split_operand
 from gradwire_coordinator.tensor.parts import Part, UnevenError, reshaped, sizes_of
-from gradwire_coordinator.tensor.rewriter import NotKeptError, Place, Rewriter, Rule
+from gradwire_coordinator.tensor.rewriter import NotKeptError, Rewriter, Rule
 from gradwire_protocol.errors import PlanError
 from gradwire_protocol.v1 import graph_pb2
 
