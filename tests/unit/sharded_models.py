@@ -176,6 +176,14 @@ class Middle:
     random: bool = False
 
 
+def gathered_twice(m: Pair, h: Tensor) -> Tensor:
+    """An operator without a rule gets the whole of a view, before and after its memory is written to."""
+    view = h.unsqueeze(0)
+    before = view.flip(-1)
+    h.mul_(2)
+    return (before + view.flip(-1)).squeeze(0)
+
+
 MIDDLES: dict[str, Middle] = {
     "gelu": Middle(lambda m, h: F.gelu(h)),
     "glu": Middle(lambda m, h: F.glu(h, -1), INNER // 2),
@@ -202,6 +210,7 @@ MIDDLES: dict[str, Middle] = {
         lambda m, h: F.dropout(F.dropout(h, 0.5, m.training), 0.0, m.training), 24, ("dropout",), random=True
     ),
     "gated": Middle(lambda m, h: F.silu(h[..., :12]) * h[..., 12:], 12),
+    "gathered twice": Middle(gathered_twice, 24, ("gather", "gather", "split")),
     "in place": Middle(in_place, 24, ("copy",)),
     "norms of heads": Middle(normed_heads, 24, ("copy",)),
     "rotated": Middle(rotated, 24, ("copy",)),

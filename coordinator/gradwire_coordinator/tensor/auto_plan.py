@@ -170,8 +170,6 @@ class _Search:
                     split.add(node.name)
                     last = max([last, *self._index.readers.get(node.name, ())])
             position += 1
-        if last >= len(nodes):
-            raise NotKeptError
 
     def _claim(self, tensor: str, part: Part) -> None:
         """Take a weight that a split value is multiplied by as a row."""

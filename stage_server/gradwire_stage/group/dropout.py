@@ -39,13 +39,10 @@ def attention(
 ) -> torch.Tensor:
     """Return aten.scaled_dot_product_attention of all heads, of the own ones.
 
-    query, key, value: (..., own heads, positions, features). attn_mask: of all heads, of the own ones, or of any. With
-    dropout it is what torch calls the math implementation, which is its only one on CPUs then.
+    query, key, value: (..., own heads, positions, features). attn_mask: of the own heads, or one for all. With dropout
+    it is what torch calls the math implementation, which is its only one on CPUs then.
     """
     group = scope.group
-    heads = query.shape[-3]
-    if attn_mask is not None and attn_mask.dim() >= 3 and attn_mask.shape[-3] == heads * group.size:
-        attn_mask = attn_mask.narrow(-3, group.own * heads, heads)
     if not dropout_p:
         found: torch.Tensor = torch.ops.aten.scaled_dot_product_attention.default(
             query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
