@@ -1,10 +1,13 @@
-"""The processes of a local cluster's servers, and when its servers are free again."""
+"""The processes of a local cluster's servers: to find, to stop in the midst of a run, and to see free again."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 import psutil
+import pytest
 
 import gradwire
 
@@ -27,3 +30,18 @@ def wait_until_free(cluster: gradwire.LocalCluster, *, but: str = "") -> None:
     while held := [each.server for each in cluster.status().servers if each.activity.run and each.server != but]:
         assert time.monotonic() < deadline, f"{held} are not free again"
         time.sleep(0.1)
+
+
+def failure(trainer: gradwire.Trainer, batch: Any, stop: Callable[[], None]) -> gradwire.GradwireError:
+    """What a run ends with that is stopped in the midst of its steps; whoever asks later gets the same."""
+    results = trainer.run([batch], steps=100_000, progress=False)
+    next(results)
+    stop()
+    began = time.monotonic()
+    with pytest.raises(gradwire.GradwireError) as caught:
+        for _ in results:
+            pass
+    assert time.monotonic() - began < 15
+    with pytest.raises(type(caught.value)):
+        trainer.step(*batch)
+    return caught.value

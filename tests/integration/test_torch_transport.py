@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cluster_processes import process_of, wait_until_free
+from cluster_processes import failure, process_of, wait_until_free
 from replica_subject import (
     check_first_step,
     check_replicas_are_one,
@@ -158,19 +157,6 @@ def test_what_cannot_be_is_refused_before_the_run(cluster: gradwire.Cluster) -> 
     assert "leave transport out" in (caught.value.remedy or "")
     with train(cluster, exchange="parameter-server", stages=1, cuts=None) as trainer:
         assert trainer.plan.transport == "grpc"
-
-
-def failure(trainer: gradwire.Trainer, batch: Any, stop: Callable[[], None]) -> gradwire.GradwireError:
-    """What a run ends with that is stopped in the midst of its steps."""
-    results = trainer.run([batch], steps=100_000, progress=False)
-    next(results)
-    stop()
-    began = time.monotonic()
-    with pytest.raises(gradwire.GradwireError) as caught:
-        for _ in results:
-            pass
-    assert time.monotonic() - began < 15
-    return caught.value
 
 
 def replicas(cluster: gradwire.Cluster, **fields: Any) -> gradwire.Trainer:
