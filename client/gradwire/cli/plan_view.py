@@ -13,8 +13,9 @@ from rich.text import Text
 
 from gradwire.boundaries import boundary_lines
 from gradwire.cli.tables import Column, table, title_text
+from gradwire.planned_parts import Candidate, PlannedStage
 from gradwire.planned_tensor import PlannedTensor
-from gradwire.run_plan import Candidate, PlannedStage, RunPlan, grid_lines, module_names
+from gradwire.run_plan import RunPlan, grid_lines, module_names
 from gradwire.timeline_drawing import text_timeline
 from gradwire.units import bytes_unit, seconds_unit, shown_seconds
 
