@@ -1,7 +1,8 @@
 """A day's messages in minutes: does anything grow? Many small ones first, then large ones, through two stage servers.
 
 Resident memory, threads and file descriptors of every process, this one included, are read between steps, when nothing
-is on its way. Growth is what a process has at the end over the most that it had in the first fifth of its steps.
+is on its way. Growth is what a process has in the last fifth of its steps, as the median, over the most that it had in
+the first fifth.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import statistics
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import psutil
 import torch
@@ -24,8 +26,9 @@ from report import Claim, add_arguments, finish
 SMALL_MICRO_BATCHES = 32
 LARGE_MICRO_BATCHES = 8
 SAMPLES = 50
-# What an allocator may keep or give back between two looks, whatever the number of messages: of large ones, four.
-NOISE_BYTES = {"small": 16 * 2**20, "large": 64 * 2**20}
+# What an allocator may keep of freed memory, whatever the number of messages: of large ones, those of a step's one
+# direction. How many it keeps changes from step to step, in both directions.
+NOISE_BYTES = {"small": 16 * 2**20, "large": LARGE_MICRO_BATCHES * 16 * 2**20}
 # Slots for payloads double whenever all are taken, until there are some for every message on its way: twice eight.
 SHARED_BYTES = {"small": 16 * 2**20, "large": 2 * LARGE_MICRO_BATCHES * 16 * 2**20}
 # Workers that a thread pool starts when two calls happen to come at once; a leak shows by the thousand.
@@ -71,6 +74,11 @@ def held(process: psutil.Process) -> Held:
     with process.oneshot():
         memory = process.memory_info()
         return Held(memory.rss - memory.shared, memory.shared, process.num_threads(), process.num_fds())
+
+
+def middle(samples: list[Held]) -> Held:
+    """Return the median of each figure."""
+    return Held(*(statistics.median_low(figures) for figures in zip(*map(astuple, samples), strict=True)))
 
 
 def messages_between_servers(cluster: gradwire.LocalCluster) -> int:
@@ -121,12 +129,13 @@ def soak(
         time.sleep(1.0)  # the last receipts may come a little after the step
         between = messages_between_servers(cluster)
     sent = between + (2 * micro_batches * count if kind == "small" else 0)
-    early = samples[: max(1, len(samples) // 5)]
+    fifth = max(1, len(samples) // 5)
+    early, late = samples[:fifth], samples[-fifth:]
     rows_out: list[dict[str, object]] = []
     claims = [Claim.at_least(f"{kind} messages", sent, messages)]
     for index, name in enumerate(names):
         first = [sample[index] for sample in early]
-        last = samples[-1][index]
+        last = middle([sample[index] for sample in late])
         growth = last.resident_bytes - max(sample.resident_bytes for sample in first)
         shared = last.shared_bytes - max(sample.shared_bytes for sample in first)
         threads = last.threads - max(sample.threads for sample in first)
