@@ -18,8 +18,9 @@ from gradwire_coordinator.service import Coordinator
 from gradwire_coordinator.settings import CoordinatorSettings, load_coordinator_settings
 from gradwire_protocol.channels import open_channel
 from gradwire_protocol.errors import GradwireError
-from gradwire_protocol.roles import Role
-from gradwire_protocol.serving import Service, ServiceSettings, configure_logging, exit_in_time, watch_stdin
+from gradwire_protocol.health import check_health
+from gradwire_protocol.roles import Served
+from gradwire_protocol.serving import Service, configure_logging, exit_in_time, watch_stdin
 from gradwire_protocol.v1 import coordinator_pb2_grpc
 
 
@@ -30,18 +31,7 @@ def serve(settings: CoordinatorSettings, ready_fd: int | None = None) -> None:
         if directory is None:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gradwire-coordinator-")))
         log = stack.enter_context(RunLog(directory))
-        service = Service(
-            "gradwire-coordinator",
-            ServiceSettings(
-                listen=settings.listen,
-                advertise=settings.advertise,
-                metrics_listen=settings.metrics_listen,
-                tls=settings.tls,
-                role=Role.COORDINATOR,
-                insecure=settings.insecure,
-                ready_fd=ready_fd,
-            ),
-        )
+        service = Service("gradwire-coordinator", settings.service(ready_fd))
         stack.callback(service.stop)
 
         def dial(address: str) -> Any:
@@ -66,7 +56,9 @@ def serve(settings: CoordinatorSettings, ready_fd: int | None = None) -> None:
 
 def command(
     listen: Annotated[str | None, typer.Option(help="HOST:PORT to listen on; port 0: any free one.")] = None,
-    advertise: Annotated[str | None, typer.Option(help="HOST:PORT that others dial.")] = None,
+    advertise: Annotated[
+        str | None, typer.Option(help="HOST:PORT that others dial; {hostname}: this machine's name.")
+    ] = None,
     metrics_listen: Annotated[str | None, typer.Option(help="HOST:PORT of /metrics; empty: none.")] = None,
     state_dir: Annotated[Path | None, typer.Option(help="Directory of the run log.")] = None,
     checkpoint_root: Annotated[
@@ -83,6 +75,9 @@ def command(
     insecure: Annotated[bool | None, typer.Option("--insecure", help="Allow plaintext off loopback.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with settings.")] = None,
     ready_fd: Annotated[int | None, typer.Option(help="File descriptor that gets the addresses as JSON.")] = None,
+    health: Annotated[
+        bool, typer.Option("--health", help="Ask the coordinator that runs with these settings whether it serves.")
+    ] = False,
     stdin_watch: Annotated[bool, typer.Option("--watch-stdin", help="End when standard input ends.")] = False,
 ) -> None:
     """Plan and coordinate pipeline training runs over registered stage servers.
@@ -106,10 +101,14 @@ def command(
         "insecure": insecure,
     }
     try:
-        serve(load_coordinator_settings(flags, config), ready_fd)
+        settings = load_coordinator_settings(flags, config)
+        if health:
+            check_health(settings.service(), Served.COORDINATOR)
+            return
+        serve(settings, ready_fd)
     except GradwireError as error:
         typer.echo(f"gradwire-coordinator: {error}", err=True)
-        raise typer.Exit(2) from error
+        raise typer.Exit(1 if health else 2) from error
     exit_in_time()
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import DirectoryPath, Field, model_validator
+from pydantic import DirectoryPath, Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from gradwire_protocol.settings import Settings, load_settings, tls_files
+from gradwire_protocol.roles import Role
+from gradwire_protocol.serving import ServiceSettings
+from gradwire_protocol.settings import Settings, load_settings, tls_files, with_host_name
 from gradwire_protocol.tls_files import TlsFiles
 
 
@@ -21,7 +23,7 @@ class CoordinatorSettings(Settings):
     model_config = SettingsConfigDict(env_prefix="GRADWIRE_COORDINATOR_")
 
     listen: str = "127.0.0.1:7070"
-    # HOST:PORT that others dial; empty: the bound address.
+    # HOST:PORT that others dial, in which {hostname} is this machine's name; empty: the bound address.
     advertise: str = ""
     metrics_listen: str = ""
     # Where the run log is kept; none: in a temporary directory, which goes with the process.
@@ -37,6 +39,11 @@ class CoordinatorSettings(Settings):
     tls_key: Path | None = None
     insecure: bool = False
 
+    @field_validator("advertise")
+    @classmethod
+    def _with_host_name(cls, address: str) -> str:
+        return with_host_name(address)
+
     @model_validator(mode="after")
     def _consistent(self) -> CoordinatorSettings:
         if self.heartbeat_seconds * 2 > self.lease_seconds:
@@ -47,6 +54,18 @@ class CoordinatorSettings(Settings):
     def tls(self) -> TlsFiles | None:
         """The TLS files; None for plaintext. SettingsError if some are missing."""
         return tls_files(self.tls_authority, self.tls_certificate, self.tls_key)
+
+    def service(self, ready_fd: int | None = None) -> ServiceSettings:
+        """Return what concerns every service alike."""
+        return ServiceSettings(
+            listen=self.listen,
+            advertise=self.advertise,
+            metrics_listen=self.metrics_listen,
+            tls=self.tls,
+            role=Role.COORDINATOR,
+            insecure=self.insecure,
+            ready_fd=ready_fd,
+        )
 
 
 def load_coordinator_settings(flags: dict[str, Any], config: Path | None) -> CoordinatorSettings:

@@ -99,12 +99,14 @@ def open_channel(
     tls: TlsFiles | None = None,
     *,
     serves: Served = Served.STAGE,
+    host: str | None = None,
     insecure: bool = False,
     bulk: bool = False,
 ) -> Any:
     """Return a grpc.Channel to HOST:PORT, with a connection of its own. Connects lazily, and again when it breaks.
 
-    serves: what the certificate there must be for, besides the host. bulk: what is sent over it may wait where a
+    serves: what the certificate there must be for, besides the host. host: that the certificate must name, where it is
+    not the one that is dialled. bulk: what is sent over it may wait where a
     network card or a router has too much to send.
     """
     check_plaintext(address, tls, insecure=insecure)
@@ -116,7 +118,7 @@ def open_channel(
     from gradwire_protocol.rotating_channel import RotatingChannel
 
     # The name that gRPC looks for in the certificate, in place of the host alone: it holds the host.
-    options += (("grpc.ssl_target_name_override", service_name(parse_address(address)[0], serves)),)
+    options += (("grpc.ssl_target_name_override", service_name(host or parse_address(address)[0], serves)),)
     return RotatingChannel(
         OwnCertificate(tls),
         lambda loaded: grpc.secure_channel(address, channel_credentials(loaded), options=options),

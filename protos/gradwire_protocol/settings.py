@@ -5,6 +5,7 @@ Each program's own fields are a subclass of `Settings`; `load_settings` merges t
 
 from __future__ import annotations
 
+import socket
 import tomllib
 from collections.abc import Mapping
 from contextvars import ContextVar
@@ -61,6 +62,11 @@ def load_settings(
         ) from None
     finally:
         _lower_sources.reset(token)
+
+
+def with_host_name(address: str) -> str:
+    """Return an address with this machine's name in place of {hostname}: one setting for many alike containers."""
+    return address.replace("{hostname}", socket.gethostname())
 
 
 def tls_files(authority: Path | None, certificate: Path | None, key: Path | None) -> TlsFiles | None:

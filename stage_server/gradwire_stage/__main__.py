@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from gradwire_protocol.errors import GradwireError
+from gradwire_protocol.roles import Served
 from gradwire_protocol.serving import configure_logging, exit_in_time, watch_stdin
 from gradwire_stage import allocator
 
@@ -22,7 +23,10 @@ Flag = typer.Option
 def serve(
     role: Annotated[str | None, Flag(help="stage, or parameter: what runs may take it for.")] = None,
     listen: Annotated[str | None, Flag(help="HOST:PORT to listen on; port 0: any free one.")] = None,
-    advertise: Annotated[str | None, Flag(help="HOST:PORT that others dial; default: the bound address.")] = None,
+    advertise: Annotated[
+        str | None,
+        Flag(help="HOST:PORT that others dial; {hostname}: this machine's name; default: the bound address."),
+    ] = None,
     coordinator: Annotated[str | None, Flag(help="HOST:PORT of the coordinator.")] = None,
     metrics_listen: Annotated[str | None, Flag(help='HOST:PORT of /metrics; "": none.')] = None,
     device: Annotated[str | None, Flag(help="auto, cpu, cuda or cuda:N.")] = None,
@@ -55,12 +59,16 @@ def serve(
     tls_key: Annotated[Path | None, Flag(help="PEM file of this server's key.")] = None,
     insecure: Annotated[bool | None, Flag("--insecure", help="Allow plaintext off loopback.")] = None,
     ready_fd: Annotated[int | None, Flag(help="File descriptor that gets one JSON line when ready.")] = None,
+    health: Annotated[
+        bool, Flag("--health", help="Ask the server that runs with these settings whether it serves.")
+    ] = False,
     watch_parent: Annotated[bool, Flag("--watch-stdin", help="End when standard input ends.")] = False,
     config: Annotated[Path | None, Flag(help="TOML file with these settings.")] = None,
 ) -> None:
     """Serve pipeline stages, or parameters, until SIGTERM. Settings: flags over GRADWIRE_STAGE_* over the file."""
     flags: dict[str, Any] = dict(locals())
     file = flags.pop("config")
+    del flags["health"]
     flags["operators"] = operators or None
     if flags.pop("watch_parent"):
         watch_stdin()
@@ -71,12 +79,17 @@ def serve(
         from gradwire_stage.settings import load_stage_settings
 
         settings = load_stage_settings(flags, file)
+        if health:
+            from gradwire_protocol.health import check_health
+
+            check_health(settings.service(), Served.STAGE)
+            return
         from gradwire_stage.server import run_server
 
         run_server(settings)
     except GradwireError as error:
         print(f"gradwire-stage-server: {error}", file=sys.stderr)
-        raise typer.Exit(2) from error
+        raise typer.Exit(1 if health else 2) from error
 
 
 def parameter_server() -> None:

@@ -12,7 +12,7 @@ from gradwire_protocol.channels import parse_address
 from gradwire_protocol.errors import GradwireError
 from gradwire_protocol.roles import Role
 from gradwire_protocol.serving import ServiceSettings
-from gradwire_protocol.settings import Settings, load_settings, tls_files
+from gradwire_protocol.settings import Settings, load_settings, tls_files, with_host_name
 from gradwire_protocol.tls_files import TlsFiles
 
 # Each stream of tensors, in either traffic class, keeps a thread of the pool while it is open.
@@ -27,6 +27,7 @@ class StageSettings(Settings):
     # What runs may take it for.
     role: Literal["stage", "parameter"] = "stage"
     listen: str = "127.0.0.1:0"
+    # HOST:PORT that others dial, in which {hostname} is this machine's name; empty: the bound address.
     advertise: str = ""
     coordinator: str
     metrics_listen: str = "127.0.0.1:0"
@@ -78,7 +79,7 @@ class StageSettings(Settings):
     @field_validator("advertise", "metrics_listen")
     @classmethod
     def _is_address_or_empty(cls, address: str) -> str:
-        return _checked(address) if address else address
+        return _checked(with_host_name(address)) if address else address
 
     @property
     def tls(self) -> TlsFiles | None:
