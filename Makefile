@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROTOS := $(wildcard protos/gradwire_protocol/v1/*.proto)
 
-.PHONY: train test test-benchmarks test-examples test-models lint protos bench examples fuzz soak clean help
+.PHONY: train test test-benchmarks test-examples test-models test-docker compose-up compose-train compose-down lint protos dashboards bench examples fuzz soak clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -14,11 +14,16 @@ help:
 	@echo "make test-benchmarks  run each benchmark in a short form"
 	@echo "make test-examples  run each example in a short form, and verify it"
 	@echo "make test-models    train models of many kinds, on many grids, beside one process"
+	@echo "make test-docker    build the images, and run the compose file in a Docker engine"
+	@echo "make compose-up     build the images and start a cluster with dashboards: Grafana at 127.0.0.1:3000"
+	@echo "make compose-train  train the reference job on it"
+	@echo "make compose-down   stop it; VOLUMES=1 removes its checkpoints, runs and certificates, too"
 	@echo "make lint    ruff, mypy, buf, generated stubs"
 	@echo "make examples  run every example in full, beside its single-process script"
 	@echo "make bench   run the benchmarks and check their claims"
 	@echo "make fuzz    fuzz the frame decoder for FUZZ_SECONDS (300)"
 	@echo "make soak    a day's messages in minutes: does anything grow?"
+	@echo "make dashboards  rebuild Grafana's dashboards from docker/grafana/gradwire_dashboards"
 	@echo "make protos  regenerate the stubs from the .proto files"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -48,6 +53,22 @@ test-examples: $(STAMP)
 test-models: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m model -n 3 --dist loadfile --no-loadscope-reorder
 
+# Where no Docker engine runs, root on Debian 12 gets one for the test, with stand-ins for the images that it cannot pull.
+test-docker: $(STAMP)
+	$(BIN)/python -m pytest -m docker
+
+# The cluster of docker/compose.yaml; needs Docker with its Compose plugin, and nothing else of this file.
+COMPOSE := docker compose --file docker/compose.yaml
+compose-up:
+	$(COMPOSE) --profile trainer build
+	$(COMPOSE) up --detach --wait
+
+compose-train:
+	$(COMPOSE) run --rm trainer
+
+compose-down:
+	$(COMPOSE) --profile trainer down $(if $(VOLUMES),--volumes)
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,6 +82,10 @@ protos: $(STAMP)
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=protos --pyi_out=protos --grpc_python_out=protos $(PROTOS)
 	@# Files without a service give empty service stubs.
 	@for stub in protos/gradwire_protocol/v1/*_pb2_grpc.py; do grep -q '^class' $$stub || rm $$stub; done
+
+# The same files on every machine: the builder is pinned.
+dashboards: $(STAMP)
+	$(BIN)/python docker/grafana/build_dashboards.py
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/pipeline.py --check

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         StageFailed,
         StaleGeneration,
         Stalled,
+        Stopping,
         Unreachable,
     )
     from gradwire_protocol.tls_files import TlsFiles
@@ -87,6 +88,7 @@ _HOMES = {
     "SettingsError": "gradwire_protocol.errors",
     "StageFailed": "gradwire_protocol.errors",
     "Stalled": "gradwire_protocol.errors",
+    "Stopping": "gradwire_protocol.errors",
     "StaleGeneration": "gradwire_protocol.errors",
     "Unreachable": "gradwire_protocol.errors",
 }
@@ -122,6 +124,7 @@ __all__ = [
     "StaleGeneration",
     "Stalled",
     "StepResult",
+    "Stopping",
     "TlsFiles",
     "Trainer",
     "Unreachable",

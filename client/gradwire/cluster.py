@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from gradwire.graph.dynamic import Dynamic
     from gradwire.grid_search import GridSearch
     from gradwire.run_plan import RunPlan
+    from gradwire.stopping import OnStop
     from gradwire.trainer import Trainer
     from gradwire.weights import Weights
 
@@ -111,6 +112,7 @@ class Cluster:
         weights: Weights = None,
         dynamic: Dynamic | None = None,
         micro_batch_rows: int | None = None,
+        on_stop: OnStop | None = None,
     ) -> Trainer:
         """Lay a run out on the cluster, send the weights, and return its trainer.
 
@@ -134,6 +136,9 @@ class Cluster:
         Each batch must then have a multiple of these rows, up to the plan's micro-batches times as many; others are
         refused (BatchError). An output of the model counts as one for each row if its dimension 0 has that size.
 
+        on_stop: called with the trainer, between two steps, when the run is to end (`Trainer.request_stop`), to save
+        what is to be kept; the loop gets Stopping then. None: the servers write a checkpoint, if they have a root.
+
         Errors: ModelError, PlanError, OptimizerError, BatchError, SettingsError; DataError for weights; Unreachable,
         ServerBusy, StageFailed.
         """
@@ -153,6 +158,7 @@ class Cluster:
             weights=weights,
             dynamic=dynamic,
             micro_batch_rows=micro_batch_rows,
+            on_stop=on_stop,
         )
         self._trainers.add(trainer)
         return trainer

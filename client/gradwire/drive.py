@@ -57,6 +57,8 @@ class Drive:
         # Of SaveState entries whose files are being written, by number.
         self._saves: dict[int, Future[run_pb2.SaveOutcome]] = {}
         self._failure: GradwireError | None = None
+        # Why the run is to end before its next step; empty: it is not.
+        self.stop_reason = ""
         self._requests: queue.SimpleQueue[coordinator_pb2.DriveRequest | None] = queue.SimpleQueue()
         self._stub = coordinator_stub(channel)
         self._call = self._stub.Drive(iter(self._requests.get, None))
@@ -111,6 +113,10 @@ class Drive:
             future = self.submit(entry)
             outcome = self._saves[entry.number] = Future()
             return future, outcome
+
+    def request_stop(self, reason: str) -> None:
+        """Note that the run is to end before its next step. The first reason stays. From any thread or signal."""
+        self.stop_reason = self.stop_reason or reason
 
     def wait_failure(self, timeout_seconds: float) -> GradwireError | None:
         """Return the run's failure, waiting for it if need be; None if it has not failed by then."""
@@ -170,6 +176,8 @@ class Drive:
                     self._finish(reply.result)
                 elif reply.HasField("saved"):
                     self._finish_save(reply.saved)
+                elif reply.HasField("stop"):
+                    self.request_stop(reply.stop.reason)
         except grpc.RpcError as error:
             self._end(from_rpc_error(error, target=self._target))
             return

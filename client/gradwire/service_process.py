@@ -70,9 +70,12 @@ class ServiceProcess:
         if self._addresses is not None:
             return self._addresses
         line = b""
+        # Not select: it takes no descriptor above 1,023, and this process may have many files open.
+        waits = select.poll()
+        waits.register(self._ready, select.POLLIN)
         while not line.endswith(b"\n"):
             remaining = deadline - time.monotonic()
-            if remaining <= 0 or not select.select([self._ready], [], [], remaining)[0]:
+            if remaining <= 0 or not waits.poll(1e3 * remaining):
                 raise Unreachable(
                     f"{self.name} did not start in time",
                     got=self._log_tail(),
@@ -94,6 +97,11 @@ class ServiceProcess:
 
     def is_running(self) -> bool:
         return self._process.poll() is None
+
+    @property
+    def exit_code(self) -> int | None:
+        """Its exit code, negative for a signal; None while it runs."""
+        return self._process.poll()
 
     def _ended_error(self, when: str) -> GradwireError:
         status = self._process.returncode

@@ -79,6 +79,15 @@ class Session:
     def servers(self) -> Sequence[coordinator_pb2.ServerLayout]:
         return self._layout.servers
 
+    @property
+    def stop_reason(self) -> str:
+        """Why the run is to end before its next step; empty: it is not."""
+        return self._drive.stop_reason
+
+    def request_stop(self, reason: str) -> None:
+        """Note that the run is to end before its next step. From any thread or signal."""
+        self._drive.request_stop(reason)
+
     def reserve(self) -> int:
         """Wait for a free place in the window; return the number of the entry to deliver for, and then to submit."""
         return self._drive.reserve()

@@ -36,9 +36,10 @@ from gradwire.run_plan import RunPlan
 from gradwire.run_request import make_request
 from gradwire.session import Session
 from gradwire.state import StateNames
+from gradwire.stopping import OnStop, stop
 from gradwire.verification import Verification, verify
 from gradwire.weights import Weights, WeightSource
-from gradwire_protocol.errors import ModelError, OptimizerError, SettingsError
+from gradwire_protocol.errors import ModelError, OptimizerError, SettingsError, Stopping
 from gradwire_protocol.v1 import graph_pb2, run_pb2
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class Trainer:
         weights: Weights = None,
         dynamic: Dynamic | None = None,
         micro_batch_rows: int | None = None,
+        on_stop: OnStop | None = None,
     ) -> None:
         request = make_request(
             model,
@@ -101,6 +103,8 @@ class Trainer:
         self._precision = precision
         self._seed = seed
         self._step = 0
+        self._on_stop = on_stop
+        self._stopping: Stopping | None = None
         self._measured = MeasuredSteps()
         self._expected_rows = request.message.plan.expected_rows
         self._exported = request.exported
@@ -144,7 +148,7 @@ class Trainer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is not None:
+        if error is not None and not isinstance(error, Stopping):
             self._session.abort()  # a checkpoint on its way is given up
         self.close()
 
@@ -174,7 +178,11 @@ class Trainer:
         return self._exported
 
     def step(self, *args: Any, **kwargs: Any) -> StepResult:
-        """Train on one batch, given as the model's example was; return when the step is done."""
+        """Train on one batch, given as the model's example was; return when the step is done.
+
+        Stopping, instead of a step, if the run is to end (see `request_stop`).
+        """
+        self._stop_if_asked()
         return self._dispatch_step(args or kwargs).wait()
 
     def run(
@@ -190,6 +198,7 @@ class Trainer:
         steps: how many; the loader is begun anew when it ends. None: once through the loader. scheduler: advanced when
         a step is dispatched, after its hyperparameters were read. progress: a bar on standard error; None: if that is a
         terminal. `evaluate` inside the loop follows the last step dispatched, which is ahead of the last one yielded.
+        If the run is to end, Stopping is raised when the steps in flight have been yielded.
         """
         if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 0):
             raise SettingsError("steps is not valid", expected="a whole number, 0 or more, or None", got=repr(steps))
@@ -207,14 +216,20 @@ class Trainer:
         self, loader: Iterable[Any], steps: int | None, scheduler: torch.optim.lr_scheduler.LRScheduler | None
     ) -> Iterator[StepResult]:
         in_flight: deque[_OpenStep] = deque()
+        broken_off = False
         for batch in batches_of(loader, steps):
             if len(in_flight) == self._plan.window:
                 yield in_flight.popleft().wait()
+            if self._session.stop_reason:
+                broken_off = True
+                break
             in_flight.append(self._dispatch_step(as_arguments(batch)))
             if scheduler is not None:
                 scheduler.step()
         while in_flight:
             yield in_flight.popleft().wait()
+        if broken_off:
+            self._stop_if_asked()
 
     def evaluate(self, loader: Iterable[Any]) -> float:
         """Return the mean loss over all samples of the loader's batches, in evaluation mode; changes nothing."""
@@ -243,6 +258,7 @@ class Trainer:
 
         Parameters that the loss does not depend on are missing. Tied parameters stand under their first name.
         """
+        self._stop_if_asked()
         step = self._dispatch_step(args or kwargs, return_gradients=True)
         gradients = self._collect_tensors(step.sent.number, step.sent.future)
         return step.wait(), gradients
@@ -373,6 +389,28 @@ class Trainer:
         self._checkpoints.settle()
         self._checkpoints.report()
         self._session.close()
+
+    def request_stop(self, reason: str = "this process was asked to stop") -> None:
+        """Have the run end before its next step. From any thread, or a signal's handler; returns at once.
+
+        The coordinator does the same when it, or a server of the run, has got SIGTERM. Instead of its next step, the
+        training loop gets Stopping, when the state has been saved: by the trainer's on_stop, or to RUN/step-N below the
+        servers' --checkpoint-root. Everything but steps can still be done then, for as long as the services wait.
+        """
+        self._session.request_stop(reason)
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the run is to end before its next step."""
+        return bool(self._session.stop_reason)
+
+    def _stop_if_asked(self) -> None:
+        reason = self._session.stop_reason
+        if not reason:
+            return
+        if self._stopping is None:
+            self._stopping = stop(self, reason, self._on_stop)
+        raise self._stopping
 
     def _dispatch_step(self, batch: Batch, *, return_gradients: bool = False) -> _OpenStep:
         self._checkpoints.report()

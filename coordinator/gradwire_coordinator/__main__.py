@@ -16,6 +16,7 @@ from gradwire_coordinator.metrics import Metrics
 from gradwire_coordinator.registry import Registry
 from gradwire_coordinator.service import Coordinator
 from gradwire_coordinator.settings import CoordinatorSettings, load_coordinator_settings
+from gradwire_protocol.allocator_options import use_one_arena
 from gradwire_protocol.channels import open_channel
 from gradwire_protocol.errors import GradwireError
 from gradwire_protocol.health import check_health
@@ -25,7 +26,8 @@ from gradwire_protocol.v1 import coordinator_pb2_grpc
 
 
 def serve(settings: CoordinatorSettings, ready_fd: int | None = None) -> None:
-    """Run a coordinator in this process until it is asked to stop (SIGTERM, SIGINT). Main thread only."""
+    """Run a coordinator in this process until it is asked to stop (SIGTERM, SIGINT), and runs have ended. Main thread
+    only."""
     with ExitStack() as stack:
         directory = settings.state_dir
         if directory is None:
@@ -52,6 +54,8 @@ def serve(settings: CoordinatorSettings, ready_fd: int | None = None) -> None:
         service.start()
         service.report_ready()
         service.wait()
+        coordinator.ask_to_stop(settings.grace_seconds)
+        service.finish(lambda: coordinator.has_runs, settings.grace_seconds)
 
 
 def command(
@@ -68,6 +72,9 @@ def command(
     heartbeat_seconds: Annotated[float | None, typer.Option(help="How often servers report.")] = None,
     profiling_seconds: Annotated[
         float | None, typer.Option(help="To measure a new model's nodes in, on each kind of device; 0: estimate them.")
+    ] = None,
+    grace_seconds: Annotated[
+        float | None, typer.Option(help="From SIGTERM on, for clients to finish their steps and to save.")
     ] = None,
     tls_authority: Annotated[Path | None, typer.Option(help="PEM file of the authority that both sides trust.")] = None,
     tls_certificate: Annotated[Path | None, typer.Option(help="PEM file of this service's certificate.")] = None,
@@ -95,6 +102,7 @@ def command(
         "lease_seconds": lease_seconds,
         "heartbeat_seconds": heartbeat_seconds,
         "profiling_seconds": profiling_seconds,
+        "grace_seconds": grace_seconds,
         "tls_authority": tls_authority,
         "tls_certificate": tls_certificate,
         "tls_key": tls_key,
@@ -114,6 +122,7 @@ def command(
 
 def main() -> None:
     """Entry point of the command."""
+    use_one_arena()
     configure_logging()
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)

@@ -23,8 +23,18 @@ from gradwire_protocol.v1 import coordinator_pb2, run_pb2
 
 FILE_NAME = "runs.sqlite"
 _LOCK_NAME = "coordinator.lock"
-SCHEMA_VERSION = 1
-_SCHEMA = """
+SCHEMA_VERSION = 2
+# Checkpoints that servers have written. Since version 2.
+_CHECKPOINTS = """
+CREATE TABLE checkpoints (
+    run TEXT NOT NULL,
+    number INTEGER NOT NULL,    -- of the SaveState entry
+    checkpoint BLOB NOT NULL,   -- StoredCheckpoint
+    PRIMARY KEY (run, number),
+    FOREIGN KEY (run, number) REFERENCES entries (run, number)
+) STRICT, WITHOUT ROWID;
+"""
+_SCHEMA = f"""
 CREATE TABLE runs (
     run TEXT PRIMARY KEY,
     generation INTEGER NOT NULL,  -- the newest
@@ -49,6 +59,7 @@ CREATE TABLE results (
     PRIMARY KEY (run, number),
     FOREIGN KEY (run, number) REFERENCES entries (run, number)
 ) STRICT, WITHOUT ROWID;
+{_CHECKPOINTS}
 CREATE TRIGGER entries_stay BEFORE UPDATE ON entries BEGIN SELECT RAISE(ABORT, 'the log is append-only'); END;
 CREATE TRIGGER entries_remain BEFORE DELETE ON entries BEGIN SELECT RAISE(ABORT, 'the log is append-only'); END;
 CREATE TRIGGER results_stay BEFORE UPDATE ON results BEGIN SELECT RAISE(ABORT, 'the log is append-only'); END;
@@ -112,8 +123,9 @@ class RunLog:
                 self._database.execute("PRAGMA foreign_keys = ON")
             version = self._database.execute("PRAGMA user_version").fetchone()[0]
             if version == 0 and not read_only:
-                self._database.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {SCHEMA_VERSION};COMMIT;")
-                version = SCHEMA_VERSION
+                version = self._change(_SCHEMA)
+            elif version == 1 and not read_only:
+                version = self._change(_CHECKPOINTS)
         except sqlite3.Error as error:
             raise SettingsError(f"{path} is not a run log", got=str(error), remedy="check --state-dir") from error
         if version != SCHEMA_VERSION:
@@ -123,6 +135,11 @@ class RunLog:
                 got=f"schema {version}",
                 remedy="use that version, or another --state-dir",
             )
+
+    def _change(self, script: str) -> int:
+        """Bring the file to the present schema; return its version."""
+        self._database.executescript(f"BEGIN;{script}PRAGMA user_version = {SCHEMA_VERSION};COMMIT;")
+        return SCHEMA_VERSION
 
     def create_run(self, run: str, generation: int, request: coordinator_pb2.CreateRunRequest) -> None:
         """Begin a run's log."""
@@ -159,6 +176,11 @@ class RunLog:
             database.execute(
                 "INSERT INTO results VALUES (?, ?, ?, ?)", (run, result.entry, result.SerializeToString(), time.time())
             )
+
+    def record_checkpoint(self, run: str, number: int, checkpoint: coordinator_pb2.StoredCheckpoint) -> None:
+        """Add that servers have written the checkpoint of a SaveState entry."""
+        with self._writing() as database:
+            database.execute("INSERT INTO checkpoints VALUES (?, ?, ?)", (run, number, checkpoint.SerializeToString()))
 
     def begin_generation(self, run: str, generation: int) -> None:
         """Note that a run goes on as another generation; the NewPlan entry that comes next says how."""
@@ -212,6 +234,32 @@ class RunLog:
                 "SELECT result FROM results WHERE run = ? AND number >= ? ORDER BY number", (run, first)
             ).fetchall()
         return [run_pb2.EntryResult.FromString(result) for (result,) in rows]
+
+    def last_numbers(self, run: str) -> tuple[int, int]:
+        """Return the numbers of the last entry, and of the last one that has a result; 0 for none."""
+        with self._lock:
+            (entry,) = self._database.execute("SELECT MAX(number) FROM entries WHERE run = ?", (run,)).fetchone()
+            (result,) = self._database.execute("SELECT MAX(number) FROM results WHERE run = ?", (run,)).fetchone()
+        return entry or 0, result or 0
+
+    def last_finished(self, run: str, *, limit: int = 1000) -> Iterator[tuple[run_pb2.Entry, run_pb2.EntryResult]]:
+        """Yield the newest finished entries with their results, newest first, so many at most."""
+        with self._lock:
+            rows = self._database.execute(
+                "SELECT entry, result FROM results JOIN entries USING (run, number) WHERE run = ? "
+                "ORDER BY number DESC LIMIT ?",
+                (run, limit),
+            ).fetchall()
+        for entry, result in rows:
+            yield run_pb2.Entry.FromString(entry), run_pb2.EntryResult.FromString(result)
+
+    def last_checkpoint(self, run: str) -> coordinator_pb2.StoredCheckpoint | None:
+        """Return the newest checkpoint that servers have written; None if there is none."""
+        with self._lock:
+            row = self._database.execute(
+                "SELECT checkpoint FROM checkpoints WHERE run = ? ORDER BY number DESC LIMIT 1", (run,)
+            ).fetchone()
+        return None if row is None else coordinator_pb2.StoredCheckpoint.FromString(row[0])
 
     def close(self) -> None:
         """Close the file and give up the directory. Idempotent."""

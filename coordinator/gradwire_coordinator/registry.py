@@ -46,6 +46,8 @@ class Server:
     run: str = ""
     # The name in the certificate that it registered with; empty: plaintext.
     holder: str = ""
+    # It was asked to stop.
+    leaving: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +141,11 @@ class Registry:
                 remedy="give each server an identifier of its own, with --server",
             )
 
-    def heartbeat(self, identifier: str, activity: stage_pb2.Activity) -> None:
-        """Renew a lease; RunNotFound tells a server that it must register again."""
+    def heartbeat(self, identifier: str, activity: stage_pb2.Activity, *, leaving: bool = False) -> Server:
+        """Renew a lease; return the server. RunNotFound tells it that it must register again.
+
+        leaving: no run gets it any more.
+        """
         with self._lock:
             server = self._servers.get(identifier)
             if server is None:
@@ -160,7 +165,9 @@ class Registry:
                 progressed_at=now if moved else server.progressed_at,
                 client_progressed_at=now if client_moved else server.client_progressed_at,
                 activity=activity,
+                leaving=leaving or server.leaving,
             )
+            return self._servers[identifier]
 
     def deregister(self, identifier: str) -> Server | None:
         """Take a server out; return what was known of it, None if nothing."""
@@ -203,7 +210,7 @@ class Registry:
         """
         called, kind, program, fewer = _WORDS[role]
         with self._lock:
-            known = [server for server in self._servers.values() if server.role == role]
+            known = [server for server in self._servers.values() if server.role == role and not server.leaving]
             free = [server for server in known if not server.run]
             if len(free) < count:
                 busy = len(known) - len(free)

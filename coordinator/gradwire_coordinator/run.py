@@ -21,9 +21,11 @@ from gradwire_coordinator.failures import CauseFinder, Evidence, own_error, repo
 from gradwire_coordinator.layout import Layout
 from gradwire_coordinator.link import Link
 from gradwire_coordinator.links import prepare_all, release_all
+from gradwire_coordinator.metrics import RunStanding
 from gradwire_coordinator.run_context import RunContext
 from gradwire_coordinator.saves import RunSaves, Writer
 from gradwire_coordinator.stall_watch import StallWatch
+from gradwire_coordinator.stop_request import StopState
 from gradwire_coordinator.window import Window
 from gradwire_protocol.errors import Aborted, FrameError, GradwireError, ServerBusy
 from gradwire_protocol.v1 import coordinator_pb2, run_pb2, stage_pb2
@@ -31,8 +33,8 @@ from gradwire_protocol.v1 import coordinator_pb2, run_pb2, stage_pb2
 _log = structlog.get_logger(__name__)
 
 
-# What its client gets: of each entry, and how the writing of a checkpoint ended.
-Outcome = run_pb2.EntryResult | run_pb2.SaveOutcome
+# What its client gets: of each entry, how the writing of a checkpoint ended, and that it is to end the run.
+Outcome = run_pb2.EntryResult | run_pb2.SaveOutcome | coordinator_pb2.StopRequest
 
 
 class Run:
@@ -76,6 +78,9 @@ class Run:
         self._finished = threading.Event()
         self._last_entry = self._finished_entry = self._step = 0
         self._loss: float | None = None
+        self._stop = StopState()
+        self._checkpoint: coordinator_pb2.StoredCheckpoint | None = None
+        self._saved_at: float | None = None
 
     def prepare(
         self, request: coordinator_pb2.CreateRunRequest, for_servers: Sequence[stage_pb2.PrepareRequest]
@@ -244,6 +249,24 @@ class Run:
     def _drained(self) -> bool:
         return self._draining and not self._window and not self._saves
 
+    def ask_to_stop(self, reason: str, seconds: float) -> None:
+        """Ask its client to end the run in good order; `overdue` tells when it has not. Idempotent.
+
+        reason: who was asked to stop, and so stops in this time.
+        """
+        with self._lock:
+            if self._ending:
+                return
+            request = self._stop.ask(reason, seconds, time.monotonic())
+        if request is not None:
+            _log.info("run asked to stop", run=self.run, reason=reason)
+            self._results.put(request)
+
+    def overdue(self) -> str:
+        """Return why the run must be ended, since its client has not done what it was asked to; empty: no reason."""
+        with self._lock:
+            return "" if self._ending else self._stop.overdue(time.monotonic())
+
     def end(self, reason: str) -> None:
         """End the run, whatever is open; a client that still drives it gets Aborted with the reason.
 
@@ -291,8 +314,15 @@ class Run:
         if part.generation == self.generation and not self._ending:
             self._saves.take(link.position, part)
 
-    def _on_save_done(self, outcome: run_pb2.SaveOutcome) -> None:
+    def _on_save_done(self, outcome: run_pb2.SaveOutcome, directory: str, step: int) -> None:
         with self._lock:
+            if not outcome.HasField("failure"):
+                self._checkpoint = coordinator_pb2.StoredCheckpoint(
+                    directory=directory, step=step, written_at=time.time()
+                )
+                self._context.log.record_checkpoint(self.run, outcome.entry, self._checkpoint)
+            if not outcome.HasField("failure"):
+                self._saved_at = time.time()
             self._results.put(outcome)
             self._saves.forget(outcome.entry)
             last = self._drained
@@ -343,6 +373,8 @@ class Run:
             if first:
                 self._state, self._error = state, error
                 self._reason = str(error) if error else "its client closed it"
+                if error is None and self._stop.reason:
+                    self._reason += f", as it was asked to: {self._stop.reason}"
                 self._causes.close()
         if not first:
             self._finished.wait()
@@ -380,6 +412,17 @@ class Run:
         """The run's state; it is ended or failed as soon as it begins to end."""
         return self._state
 
+    @property
+    def failure(self) -> GradwireError | None:
+        """What the run failed of; None if it has not."""
+        return self._error if self._state == coordinator_pb2.RUN_STATE_FAILED else None
+
+    def standing(self) -> RunStanding:
+        """Return what metrics show of a run that is not over."""
+        with self._lock:
+            still_seconds = self._watch.still_seconds(self._window, time.monotonic())
+            return RunStanding(self.run, self.created_at, len(self._window), still_seconds, self._saved_at)
+
     def undriven_seconds(self) -> float:
         """Return for how long the run has waited for its client; 0 once it has one."""
         with self._lock:
@@ -400,4 +443,5 @@ class Run:
                 reason=self._reason,
                 plan=self.summary,
                 created_at=self.created_at,
+                checkpoint=self._checkpoint,
             )

@@ -67,9 +67,9 @@ class RunSaves:
         self,
         root: CheckpointRoot,
         writers: Mapping[int, Writer],
-        on_done: Callable[[run_pb2.SaveOutcome], None],
+        on_done: Callable[[run_pb2.SaveOutcome, str, int], None],
     ) -> None:
-        """`writers`: those of the run's servers that write, by position."""
+        """`writers`: those of the run's servers that write, by position. on_done: how it ended, directory and step."""
         self._root = root
         self._writers = dict(writers)
         self._on_done = on_done
@@ -177,16 +177,19 @@ class RunSaves:
             _log.info("checkpoint written", directory=save.directory, step=save.draft.step)
         finally:
             save.replacement.close()
-        self._on_done(outcome)
+        self._on_done(outcome, save.directory, save.draft.step)
 
     def _put_together(self, save: _Save) -> None:
         parts = [(writer, save.parts[position]) for position, writer in sorted(self._writers.items())]
-        for _, part in parts:
+        for writer, part in parts:
             if part.HasField("failure"):
                 failure = part.failure
                 raise CheckpointError(
                     failure.message, expected=failure.expected, got=failure.got, remedy=failure.remedy
                 )
+            for file in part.files:
+                if not file.name.startswith(tuple(f"{kind}-" for kind in KINDS)):
+                    raise CheckpointError(f"{writer.name} reported a wrong file", got=repr(file.name[:80]))
         directory = save.replacement.directory
         files: dict[str, FileRecord] = {}
         for kind in KINDS:

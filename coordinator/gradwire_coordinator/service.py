@@ -20,11 +20,12 @@ import grpc
 import structlog
 
 from gradwire_coordinator.cost_book import CostBook
+from gradwire_coordinator.history import earlier_runs
 from gradwire_coordinator.identity import check_identity
 from gradwire_coordinator.layout import Layout, lay_out
 from gradwire_coordinator.link_rates import LinkBook
 from gradwire_coordinator.log import RunLog
-from gradwire_coordinator.metrics import Metrics
+from gradwire_coordinator.metrics import Metrics, RunStanding
 from gradwire_coordinator.model_checks import check_model, check_optimizer, check_plan
 from gradwire_coordinator.partition import check_stage_count
 from gradwire_coordinator.plan_summary import summarise
@@ -95,17 +96,31 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         self._lock = threading.Lock()
         # In the order of creation.
         self._runs: dict[str, Run] = {}
+        metrics.watch(self._standings)
         self._closed = threading.Event()
-        for run in log.fail_unfinished("the coordinator was stopped"):
+        for run in log.fail_unfinished("the coordinator ended while it ran"):
             _log.warning("run left open by an earlier coordinator", run=run)
+        self._earlier = earlier_runs(log, KEPT_RUNS)
+        # From when on no run is taken in any more, and until when those that there are must have ended.
+        self._stops_by: float | None = None
         self._sweeper = threading.Thread(target=self._sweep, name="sweeper", daemon=True)
         self._sweeper.start()
+
+    def ask_to_stop(self, seconds: float) -> None:
+        """Take in no more runs, and ask the clients of those that there are to end them within this time."""
+        self._stops_by = time.monotonic() + seconds
+        for run in self._current():
+            run.ask_to_stop("the coordinator was asked to stop", seconds)
+
+    @property
+    def has_runs(self) -> bool:
+        """Whether a run has not ended yet."""
+        return not all(run.is_over for run in self._current())
 
     def close(self) -> None:
         """End all runs and free their servers. Idempotent."""
         self._closed.set()
-        with self._lock:
-            runs = list(self._runs.values())
+        runs = self._current()
         for run in runs:
             run.end("the coordinator stopped")
         for run in runs:
@@ -118,13 +133,19 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         reply, replaced = self._registry.register(request, check_identity(Peer.of(context), request))
         _log.info("server registered", server=request.server, address=request.address)
         if replaced is not None:
+            self._metrics.server_lost(replaced.role, "restarted")
             self._lost(replaced, "it registered again, so its process was restarted")
         self._count_servers()
         return reply
 
     def Heartbeat(self, request: pb.HeartbeatRequest, context: Any) -> pb.HeartbeatReply:
         self._registry.check_holder(request.server, _holder(context))
-        self._registry.heartbeat(request.server, request.activity)
+        leaving = request.HasField("leaves_in_seconds")
+        server = self._registry.heartbeat(request.server, request.activity, leaving=leaving)
+        with self._lock:
+            run = self._runs.get(server.run)
+        if leaving and run is not None:
+            run.ask_to_stop(f"server {server.server} was asked to stop", request.leaves_in_seconds)
         return pb.HeartbeatReply()
 
     def Deregister(self, request: pb.DeregisterRequest, context: Any) -> pb.DeregisterReply:
@@ -139,6 +160,11 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
     # Runs.
 
     def CreateRun(self, request: pb.CreateRunRequest, context: Any) -> pb.CreateRunReply:
+        if self._stops_by is not None:
+            raise Unreachable(
+                "The coordinator was asked to stop, and takes in no run any more",
+                remedy="wait until it was started again",
+            )
         run, layout = self._create_run(request, _checked(request), context)
         if self._closed.is_set() or not context.is_active():
             run.end("its client went away while it was prepared")
@@ -200,6 +226,9 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
             raise
         with self._lock:
             self._runs[name] = run
+        if self._stops_by is not None:
+            # It was asked while this one was laid out.
+            run.ask_to_stop("the coordinator was asked to stop", max(0.0, self._stops_by - time.monotonic()))
         self._replanner.keep(name, Basis(request, planned, layout))
         run.prepare(request, layout.prepare)
         return run, layout
@@ -222,6 +251,8 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         for result in run.results(SIGN_SECONDS):
             if isinstance(result, run_pb2.SaveOutcome):
                 yield pb.DriveReply(saved=result)
+            elif isinstance(result, pb.StopRequest):
+                yield pb.DriveReply(stop=result)
             else:
                 yield pb.DriveReply(result=result)
 
@@ -239,8 +270,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         return inspect(self._context.checkpoints, request.directory)
 
     def GetStatus(self, request: pb.GetStatusRequest, context: Any) -> pb.GetStatusReply:
-        with self._lock:
-            runs = list(self._runs.values())
+        current = [run.status() for run in reversed(self._current())]
         return pb.GetStatusReply(
             version=self._version,
             servers=[
@@ -256,8 +286,13 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
                 )
                 for server in self._registry.servers()
             ],
-            runs=[run.status() for run in reversed(runs)][:KEPT_RUNS],
+            runs=[*current, *self._earlier][:KEPT_RUNS],
         )
+
+    def _current(self) -> list[Run]:
+        """Return the runs of this process, in the order of creation."""
+        with self._lock:
+            return list(self._runs.values())
 
     def _run(self, name: str) -> Run:
         with self._lock:
@@ -280,12 +315,13 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
             for server in self._registry.expire():
                 silent = self._registry.silent_seconds(server)
                 _log.warning("server lost", server=server.server, silent_seconds=round(silent, 1))
+                self._metrics.server_lost(server.role, "silent")
                 self._lost(server, f"no heartbeat for {silent:.1f} s")
-            with self._lock:
-                runs = list(self._runs.values())
-            for run in runs:
+            for run in self._current():
                 if run.undriven_seconds() > self._undriven_seconds:
                     _in_background(partial(run.end, f"no client drove it for {self._undriven_seconds:.0f} s"))
+                elif overdue := run.overdue():
+                    _in_background(partial(run.end, overdue))
                 elif (stall := run.find_stall()) is not None:
                     _in_background(partial(run.fail, stall))
             self._count_servers()
@@ -299,8 +335,9 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
 
     def _on_lost(self, server: str) -> None:
         """Take out a server that does not answer; if it lives after all, its next heartbeat makes it register again."""
-        if self._registry.deregister(server) is not None:
+        if (known := self._registry.deregister(server)) is not None:
             _log.warning("server lost", server=server)
+            self._metrics.server_lost(known.role, "unreachable")
         self._count_servers()
 
     def _on_result(self, run: Run, entry: run_pb2.Entry, result: run_pb2.EntryResult) -> None:
@@ -313,11 +350,16 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
     def _on_finished(self, run: Run) -> None:
         self._registry.release(run.run)
         self._replanner.forget(run.run)
+        if run.failure is not None:
+            self._metrics.run_failed(run.failure)
         with self._lock:
             over = [name for name, known in self._runs.items() if known.is_over]
             for name in over[: max(0, len(over) - KEPT_RUNS)]:
                 del self._runs[name]
         self._count_runs()
+
+    def _standings(self) -> list[RunStanding]:
+        return [run.standing() for run in self._current() if not run.is_over]
 
     def _count_servers(self) -> None:
         self._metrics.count_servers(server.role for server in self._registry.servers())

@@ -34,6 +34,8 @@ class CoordinatorSettings(Settings):
     heartbeat_seconds: float = Field(default=1.0, ge=0.2, le=600.0)
     # To measure in what a new model's nodes cost, on one server of each kind of device; 0: never measure.
     profiling_seconds: float = Field(default=2.0, ge=0.0, le=60.0)
+    # From SIGTERM on, for clients to finish their steps and to save.
+    grace_seconds: float = Field(default=30.0, ge=0.0, le=3600.0)
     tls_authority: Path | None = None
     tls_certificate: Path | None = None
     tls_key: Path | None = None

@@ -41,6 +41,15 @@ class StallWatch:
         """The client has given a sign of progress that no server sees."""
         self._client_acted_at = now
 
+    def still_seconds(self, window: Window, now: float) -> float:
+        """Return for how long no server and not the client have made progress with open entries; 0 if none is open."""
+        oldest = window.oldest(now)
+        if oldest is None:
+            return 0.0
+        known = filter(None, (self._standing(server.server) for server, _ in self._servers))
+        still = [each.still_seconds + each.silent_seconds for each in known]
+        return min(oldest[1], now - self._client_acted_at, *still)
+
     def find(self, window: Window, now: float) -> Stalled | None:
         """Return why the run's open entries stand still or are late; None if they are not, or if there is none."""
         oldest = window.oldest(now)

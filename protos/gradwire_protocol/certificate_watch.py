@@ -37,6 +37,12 @@ class CertificateWatch:
             registry=registry,
         )
         expiry.set_function(lambda: certificate.current().info.not_after.timestamp())
+        renewal = Gauge(
+            "gradwire_certificate_renewal_timestamp_seconds",
+            "From when it is time to replace this service's certificate, as Unix time",
+            registry=registry,
+        )
+        renewal.set_function(lambda: certificate.current().info.due_at.timestamp())
 
     def start(self) -> None:
         self._thread.start()

@@ -68,10 +68,14 @@ class CertificateInfo:
         """Return how long it is still valid; negative when it has ended."""
         return self.not_after - (now or datetime.now(UTC))
 
+    @property
+    def due_at(self) -> datetime:
+        """From when it is time for another one."""
+        return self.not_after - max(_DUE_SHARE * self.life, min(_DUE_LEAST, _DUE_LARGEST_SHARE * self.life))
+
     def is_due(self, now: datetime | None = None) -> bool:
         """Whether it is time for another one."""
-        due = max(_DUE_SHARE * self.life, min(_DUE_LEAST, _DUE_LARGEST_SHARE * self.life))
-        return self.left(now) < due
+        return (now or datetime.now(UTC)) > self.due_at
 
     def check_valid(self, what: str, now: datetime | None = None) -> None:
         """Raise SettingsError if it has ended, or does not hold yet. what: how the message names it."""

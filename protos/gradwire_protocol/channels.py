@@ -45,6 +45,8 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
 _BULK_OPTIONS: tuple[tuple[str, int], ...] = (("grpc.dscp", 2),)
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     *_COMMON_OPTIONS,
+    # A connection that has not come to its first request's door by then is closed; two minutes by default.
+    ("grpc.server_handshake_timeout_ms", 20_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     # Two servers on one port would share its connections at random.
     ("grpc.so_reuseport", 0),

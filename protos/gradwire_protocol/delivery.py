@@ -253,7 +253,12 @@ class FrameSender:
 
     def _open_local(self, connect: Callable[[], socket.socket | None]) -> None:
         """Connect, and write what is queued; without a socket, the rest is the call's."""
-        connection = connect()
+        try:
+            connection = connect()
+        except Exception as error:  # noqa: BLE001  # on a thread of its own nobody would see it, and all would wait
+            self._fail(InternalError(f"Cannot look for a way to {self._peer}: {error!r}"))
+            self._ended.set()
+            return
         if connection is None:
             if self._failure is None:
                 self._open_call()

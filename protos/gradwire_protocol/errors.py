@@ -101,6 +101,10 @@ class Aborted(GradwireError):
     """The run was released while something waited for it."""
 
 
+class Stopping(GradwireError):
+    """The run is to end, since one of those that carry it out was asked to stop; its state is between two steps."""
+
+
 class Unreachable(GradwireError):
     """A service does not answer at its address."""
 
@@ -130,6 +134,7 @@ _TABLE: tuple[tuple[type[GradwireError], grpc.StatusCode, str], ...] = (
     (StageFailed, grpc.StatusCode.ABORTED, "STAGE_FAILED"),
     (Stalled, grpc.StatusCode.ABORTED, "STALLED"),
     (Aborted, grpc.StatusCode.ABORTED, "ABORTED"),
+    (Stopping, grpc.StatusCode.UNAVAILABLE, "STOPPING"),
     (Unreachable, grpc.StatusCode.UNAVAILABLE, "UNREACHABLE"),
     (NotAllowed, grpc.StatusCode.PERMISSION_DENIED, "NOT_ALLOWED"),
     (InternalError, grpc.StatusCode.INTERNAL, "INTERNAL"),

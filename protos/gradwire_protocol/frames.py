@@ -50,6 +50,11 @@ _DIFFERENTIABLE = frozenset({*FLOATING, pb.DATA_TYPE_COMPLEX64, pb.DATA_TYPE_COM
 _DIRECTIONS = frozenset(pb.Direction.values()) - {pb.DIRECTION_UNSPECIFIED}
 
 
+def decoded_bytes(info: pb.TensorInfo) -> int:
+    """Return the bytes that the tensor of a checked header takes without its codec."""
+    return info.size_bytes if info.codec == pb.CODEC_NONE else ELEMENT_BYTES[info.data_type] * math.prod(info.shape)
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """A whole message: its header, and its payload if it carries a tensor that is not empty.

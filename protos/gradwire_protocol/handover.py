@@ -29,7 +29,7 @@ _NAME = re.compile(r"[0-9a-f]{32}")
 _UNFINISHED = "."  # begins the name of a socket that does not listen yet
 _UNFINISHED_SECONDS = 60.0
 _PEER_SECONDS = 2.0
-_POLL_SECONDS = 0.01
+_POLL_MILLISECONDS = 10
 _INTEGER = struct.Struct("i")
 _CREDENTIALS = struct.Struct("3i")  # process, user, group
 
@@ -133,8 +133,11 @@ class Handover:
 
         `descriptor` is called only then, and closed here.
         """
+        # Not select: it takes no descriptor above 1,023, and a server may have more connections than that.
+        waits = select.poll()
+        waits.register(self._socket, select.POLLIN)
         while not is_over():
-            if not select.select([self._socket], [], [], _POLL_SECONDS)[0]:
+            if not waits.poll(_POLL_MILLISECONDS):
                 continue
             connection, _ = self._socket.accept()
             with connection:

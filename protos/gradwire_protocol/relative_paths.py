@@ -11,6 +11,8 @@ from pathlib import Path
 from gradwire_protocol.errors import SettingsError
 
 MAXIMUM_PATH_BYTES = 1024
+# Of one of its names: more than any common file system takes.
+MAXIMUM_NAME_BYTES = 255
 
 
 def check_relative(path: str, what: str) -> None:
@@ -21,11 +23,13 @@ def check_relative(path: str, what: str) -> None:
         and path.isprintable()
         and "\\" not in path
         and (path == "." or not {"", ".", ".."} & set(parts))
+        and all(len(part.encode(errors="replace")) <= MAXIMUM_NAME_BYTES for part in parts)
     )
     if not well_formed:
         raise SettingsError(
             f"{what} is not a relative path",
-            expected=f"names joined by '/', without '..', {MAXIMUM_PATH_BYTES} bytes at most",
+            expected=f"names of up to {MAXIMUM_NAME_BYTES} bytes joined by '/', without '..', "
+            f"{MAXIMUM_PATH_BYTES} bytes at most",
             got=repr(path[:200]),
             remedy="name it as seen from the server's root directory; '.' is the root itself",
         )

@@ -15,15 +15,18 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent import futures
 from dataclasses import dataclass
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 
 from gradwire_protocol.channels import SERVER_OPTIONS, bind, parse_address
+from gradwire_protocol.connection_limit import connection_options
 from gradwire_protocol.errors import ErrorInterceptor, SettingsError
+from gradwire_protocol.metrics_page import MetricsPage
 from gradwire_protocol.peer_roles import RoleInterceptor
 from gradwire_protocol.roles import Role
 from gradwire_protocol.tls_files import TlsFiles
@@ -32,8 +35,12 @@ if TYPE_CHECKING:
     from gradwire_protocol.certificate_watch import CertificateWatch
 
 _log = structlog.get_logger(__name__)
-# After the parent is gone, or a stop was asked for, the process ends within this time, whatever hangs.
+# After the parent is gone, or main is done, the process ends within this time, whatever hangs.
 _EXIT_SECONDS = 10.0
+# How often a service that was asked to stop looks whether what is in progress is done.
+_LOOK_SECONDS = 0.05
+# Set when this process's parent is gone, or wants it gone: nobody is left to finish anything for.
+_parent_gone = threading.Event()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +70,7 @@ def watch_stdin() -> None:
     def watch() -> None:
         while os.read(0, 4096):
             pass
+        _parent_gone.set()
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(_EXIT_SECONDS)
         os._exit(1)
@@ -140,12 +148,13 @@ class Service:
         self.registry = CollectorRegistry()
         self._settings = settings
         self._stop = threading.Event()
-        self._metrics_server: Any = None
+        self._at_once = threading.Event()
+        self._metrics_page: MetricsPage | None = None
         self.metrics_address = ""
         self._pool = futures.ThreadPoolExecutor(settings.workers, thread_name_prefix=name)
         self._certificate_watch = _watch_certificate(settings, self.registry)
         interceptors = (ErrorInterceptor(),) if settings.tls is None else (ErrorInterceptor(), RoleInterceptor())
-        self.server = grpc.server(self._pool, interceptors=interceptors, options=SERVER_OPTIONS)
+        self.server = grpc.server(self._pool, interceptors=interceptors, options=SERVER_OPTIONS + connection_options())
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
         bound = bind(self.server, settings.listen, settings.tls, insecure=settings.insecure)
@@ -165,7 +174,7 @@ class Service:
         if self._settings.metrics_listen:
             host, port = parse_address(self._settings.metrics_listen)
             try:
-                self._metrics_server, _ = start_http_server(port, host, registry=self.registry)
+                self._metrics_page = MetricsPage(host, port, self.registry)
             except OSError as error:
                 raise SettingsError(
                     f"Cannot serve metrics on {self._settings.metrics_listen}",
@@ -173,7 +182,7 @@ class Service:
                     remedy="choose another port, or port 0",
                 ) from error
             shown = f"[{host}]" if ":" in host else host
-            self.metrics_address = f"{shown}:{self._metrics_server.server_address[1]}"
+            self.metrics_address = f"{shown}:{self._metrics_page.server_port}"
         if self._certificate_watch is not None:
             self._certificate_watch.start()
         self.server.start()
@@ -187,16 +196,37 @@ class Service:
                 ready.write(json.dumps({"address": self.address, "metrics_address": self.metrics_address}) + "\n")
 
     def install_signal_handlers(self) -> None:
-        """SIGTERM and SIGINT ask for an orderly stop. Main thread only."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self.request_stop())
+        """SIGTERM asks for an orderly stop; a second one, or SIGINT, for one at once. Main thread only."""
 
-    def request_stop(self) -> None:
+        def ask(number: int, frame: FrameType | None) -> None:
+            at_once = number == signal.SIGINT or _parent_gone.is_set()
+            # Not here: this may have come between two lines of the wait for the same event, which holds its lock.
+            threading.Thread(target=self.request_stop, kwargs={"at_once": at_once}, daemon=True).start()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, ask)
+
+    def request_stop(self, *, at_once: bool = False) -> None:
+        """Have `wait` return. at_once, or asked a second time: `finish` too."""
+        if at_once or self._stop.is_set():
+            self._at_once.set()
         self._stop.set()
 
     def wait(self) -> None:
         """Return when a stop was asked for."""
         self._stop.wait()
+
+    def finish(self, busy: Callable[[], bool], seconds: float) -> bool:
+        """After `wait`, give what is in progress so long to come to its end; return whether it has.
+
+        Calls are still taken meanwhile, but health checks say that the service does not serve.
+        """
+        self._health.enter_graceful_shutdown()
+        deadline = time.monotonic() + seconds
+        while busy():
+            if time.monotonic() > deadline or self._at_once.wait(_LOOK_SECONDS):
+                return False
+        return True
 
     def stop(self, grace_seconds: float = 1.0) -> None:
         """Refuse new calls, give those in progress the grace, then cancel them. Idempotent."""
@@ -206,10 +236,9 @@ class Service:
         self._pool.shutdown(wait=False, cancel_futures=True)
         if self._certificate_watch is not None:
             self._certificate_watch.stop()
-        if self._metrics_server is not None:
-            self._metrics_server.shutdown()
-            self._metrics_server.server_close()
-            self._metrics_server = None
+        if self._metrics_page is not None:
+            self._metrics_page.close()
+            self._metrics_page = None
 
 
 def _watch_certificate(settings: ServiceSettings, registry: CollectorRegistry) -> CertificateWatch | None:

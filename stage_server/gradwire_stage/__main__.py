@@ -54,6 +54,9 @@ def serve(
     shared_memory_directory: Annotated[
         Path | None, Flag(help="Where these servers find each other; a volume of all their containers.")
     ] = None,
+    grace_seconds: Annotated[
+        float | None, Flag(help="From SIGTERM on, for the run's client to finish its step and to save.")
+    ] = None,
     tls_authority: Annotated[Path | None, Flag(help="PEM file of the authority that both sides trust.")] = None,
     tls_certificate: Annotated[Path | None, Flag(help="PEM file of this server's certificate.")] = None,
     tls_key: Annotated[Path | None, Flag(help="PEM file of this server's key.")] = None,

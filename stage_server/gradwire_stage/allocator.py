@@ -10,41 +10,28 @@ import ctypes
 import os
 from collections.abc import Mapping
 
+from gradwire_protocol.allocator_options import M_ARENA_MAX, set_options
+
 _M_TRIM_THRESHOLD = -1
 _M_TOP_PAD = -2
 _M_MMAP_MAX = -4
-_M_ARENA_MAX = -8
 
 # Measured: 2.0 → 1.25 CPU seconds per GiB of 64 MiB tensors, resident memory near the peak of what is alive.
 _OPTIONS = (
     (_M_MMAP_MAX, 0),
     (_M_TRIM_THRESHOLD, 256 * 2**20),
     (_M_TOP_PAD, 16 * 2**20),
-    (_M_ARENA_MAX, 1),
+    (M_ARENA_MAX, 1),
 )
 
 
-def _library() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
-
-
 def configure(environment: Mapping[str, str] = os.environ) -> bool:
-    """Set the options; return whether it was done.
-
-    Leaves everything alone where the C library has no mallopt, and where the user has chosen an allocator or its
-    options (LD_PRELOAD, MALLOC_*, GLIBC_TUNABLES).
-    """
-    if any(name.startswith("MALLOC_") or name in ("LD_PRELOAD", "GLIBC_TUNABLES") for name in environment):
-        return False
-    mallopt = getattr(_library(), "mallopt", None)
-    if mallopt is None:
-        return False
-    done = [mallopt(option, value) == 1 for option, value in _OPTIONS]  # each is tried, whatever the others gave
-    return all(done)
+    """Set the options; return whether it was done. The user's own choice stays."""
+    return set_options(_OPTIONS, environment)
 
 
 def give_back() -> None:
     """Return free memory to the system, where the C library can (about 25 ms)."""
-    malloc_trim = getattr(_library(), "malloc_trim", None)
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim is not None:
         malloc_trim(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gradwire_protocol.frames import Message
+from gradwire_protocol.frames import Message, decoded_bytes
 from gradwire_protocol.torch_tensors import TORCH_TYPES
 from gradwire_protocol.v1 import tensors_pb2 as pb
 from gradwire_stage.arrivals import is_answered, key_of
@@ -20,6 +20,7 @@ class KnownKind:
         "_shape",
         "answered",
         "codec",
+        "decoded_bytes",
         "key",
         "sender",
         "size_bytes",
@@ -33,6 +34,7 @@ class KnownKind:
         self.sender = sender  # a server, or the client
         self.codec: int = info.codec
         self.size_bytes: int = info.size_bytes
+        self.decoded_bytes = decoded_bytes(info)
         self.wants_gradient: bool = info.requires_grad
         self.answered = is_answered(header)
         self._data_type = TORCH_TYPES[info.data_type]

@@ -62,6 +62,9 @@ class LocalConnector:
             # Where there is no way for a socket there is none for memory either.
             self._shared.refused(error)
             return None
+        except OSError as error:  # no descriptors left, say
+            self._shared.refused(BlockError("failed", f"no socket could be made: {error}"))
+            return None
         _log.info("messages go to a server over a socket of this host", peer=self._peer)
         return connection
 

@@ -53,6 +53,9 @@ class Membership:
         self._on_silence = on_silence
         self._silence_seconds = silence_seconds
         self._stop = threading.Event()
+        # Set when something is due before the next heartbeat.
+        self._wake = threading.Event()
+        self._leaves_at: float | None = None  # time.monotonic()
         self._perhaps_known = False  # a call may have arrived although its reply has not
         self._in_flight: Any = None
         self._thread = threading.Thread(target=self._main, name="membership", daemon=True)
@@ -60,9 +63,15 @@ class Membership:
     def start(self) -> None:
         self._thread.start()
 
+    def announce_leave(self, within_seconds: float) -> None:
+        """Tell the coordinator that this server leaves when its run has ended, and within this time."""
+        self._leaves_at = time.monotonic() + within_seconds
+        self._wake.set()
+
     def stop(self) -> None:
         """End the thread, and leave the coordinator in good order if it answers."""
         self._stop.set()
+        self._wake.set()
         in_flight = self._in_flight
         if in_flight is not None:
             in_flight.cancel()
@@ -105,9 +114,15 @@ class Membership:
     def _heartbeat(self, interval_seconds: float) -> None:
         """Send heartbeats until the coordinator does not know this server any more, or the end."""
         silent_seconds = 0.0
-        while not self._stop.wait(interval_seconds):
+        while True:
+            self._wake.wait(interval_seconds)
+            self._wake.clear()
+            if self._stop.is_set():
+                return
             sent_at = time.monotonic()
             request = coordinator_pb2.HeartbeatRequest(server=self._registration.server, activity=self._activity())
+            if self._leaves_at is not None:
+                request.leaves_in_seconds = max(0.0, self._leaves_at - sent_at)
             try:
                 self._call(self._stub.Heartbeat, request)
             except RunNotFound:

@@ -1,6 +1,7 @@
 """What a stage server tells Prometheus, in a registry that is handed in.
 
-Series of a run carry its identifier, and go when it ends.
+Series of a run carry its identifier, and go when it ends. What can be counted is there from the start, at 0: a rate
+does not see a first event whose series begins at 1.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ KINDS = {
     pb.DIRECTION_RESULT: "result",
     pb.DIRECTION_MOVED: "moved",
 }
+# Why messages are dropped (mailbox.py, service.py), and why payloads do not go through shared memory (BlockError).
+DROP_REASONS = ("repeated", "late", "released", "other-run", "other-generation")
+FALLBACK_REASONS = ("off", "unsupported", "other-host", "not-allowed", "other-run", "limit", "failed", "no-slot")
 SENT = "sent"
 RECEIVED = "received"
 
@@ -39,16 +43,18 @@ _STEP_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 
 class StageMetrics:
     """The server's metrics; `of_run` gives those of one run."""
 
-    def __init__(self, registry: CollectorRegistry, *, version: str) -> None:
+    def __init__(self, registry: CollectorRegistry, *, version: str, role: str = "stage") -> None:
         Gauge("gradwire_up", "1 while the service runs", registry=registry).set(1)
         info = Gauge("gradwire_info", "Version and role of the service", ["role", "version"], registry=registry)
-        info.labels("stage", version).set(1)
+        info.labels(role, version).set(1)
         self.dropped = Counter(
             "gradwire_messages_dropped",
             "Messages that no run could take: repeated, late, released, other run or generation",
             ["reason"],
             registry=registry,
         )
+        for reason in DROP_REASONS:
+            self.dropped.labels(reason)
         self.busy = Counter(
             "gradwire_stage_busy_seconds",
             "Seconds that the compute thread spent working",
@@ -67,6 +73,12 @@ class StageMetrics:
             ["run", "peer", "direction", "kind", "codec"],
             registry=registry,
         )
+        self.decoded = Counter(
+            "gradwire_transfer_decoded_bytes",
+            "Payload bytes of whole messages that came in, as they are without a codec",
+            ["run", "kind", "codec"],
+            registry=registry,
+        )
         self.shared = Counter(
             "gradwire_shared_memory_transfer_bytes",
             "Payload bytes of whole messages that went to a peer through shared memory; also part of all its bytes",
@@ -79,6 +91,8 @@ class StageMetrics:
             ["reason"],
             registry=registry,
         )
+        for reason in FALLBACK_REASONS:
+            self.shared_fallbacks.labels(reason)
         self.local_streams = Gauge(
             "gradwire_local_streams", "Streams that servers of this host send over a socket", registry=registry
         )
@@ -158,10 +172,14 @@ class RunMetrics:
         labels = (self._run, "client", SENT, KINDS[pb.DIRECTION_RESULT], _name(pb.CODEC_NONE))
         self._count(self._metrics.transferred, labels, size_bytes)
 
-    def received(self, peer: str, direction: pb.Direction, codec: int, size_bytes: int) -> None:
-        """Count a whole message that came in."""
-        labels = (self._run, peer, RECEIVED, KINDS[direction], _name(codec))
-        self._count(self._metrics.transferred, labels, size_bytes)
+    def received(
+        self, peer: str, direction: pb.Direction, codec: int, size_bytes: int, decoded_bytes: int | None = None
+    ) -> None:
+        """Count a whole message that came in. decoded_bytes: what it takes without its codec; None: the same."""
+        kind, name = KINDS[direction], _name(codec)
+        self._count(self._metrics.transferred, (self._run, peer, RECEIVED, kind, name), size_bytes)
+        decoded = size_bytes if decoded_bytes is None else decoded_bytes
+        self._count(self._metrics.decoded, (self._run, kind, name), decoded)
 
     def timing(self, timing: run_pb2.Timing, *, step: bool) -> None:
         """Count where an entry's time went."""
@@ -189,11 +207,13 @@ class RunMetrics:
         self._set(self._metrics.parameter_bytes, (self._run,), size_bytes)
 
     def start(self) -> None:
-        """Make the phases' series, so that rates begin at 0."""
+        """Make the series that each run has, so that rates begin at 0."""
         for phase in BUSY:
             self._count(self._metrics.busy, (*self._labels, phase), 0)
         for reason in IDLE:
             self._count(self._metrics.idle, (*self._labels, reason), 0)
+        self.exchanged(0)
+        self.weights_behind(0)
 
     def remove(self) -> None:
         """Take the run's series away."""

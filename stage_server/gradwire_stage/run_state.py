@@ -20,7 +20,7 @@ from gradwire_protocol.channels import OpenChannel
 from gradwire_protocol.checkpoint.root import CheckpointRoot
 from gradwire_protocol.checksums import check_available
 from gradwire_protocol.errors import GradwireError
-from gradwire_protocol.frames import Message
+from gradwire_protocol.frames import Message, decoded_bytes
 from gradwire_protocol.torch_tensors import TORCH_TYPES, dense
 from gradwire_protocol.unreceipted import Delivered
 from gradwire_protocol.v1 import graph_pb2, stage_pb2
@@ -231,7 +231,7 @@ class RunState:
         if reservation is None:
             return
         tensor, encoded = kind.unpack(payload)
-        self.metrics.received(kind.sender, key.direction, kind.codec, kind.size_bytes)
+        self.metrics.received(kind.sender, key.direction, kind.codec, kind.size_bytes, kind.decoded_bytes)
         self.mailbox.fill(reservation, (self.device.receive(tensor, encoded), kind.wants_gradient))
 
     def accept(self, message: Message, reservation: Reservation) -> None:
@@ -239,7 +239,9 @@ class RunState:
         header = message.header
         content = self._content(message)
         sender = self._arrivals.sender(reservation.key)
-        self.metrics.received(sender, header.key.direction, header.tensor.codec, header.tensor.size_bytes)
+        info = header.tensor
+        decoded = decoded_bytes(info) if header.HasField("tensor") else 0
+        self.metrics.received(sender, header.key.direction, info.codec, info.size_bytes, decoded)
         self.progress.advance()
         # Last: it wakes the compute thread, which then need not wait for this one.
         self.mailbox.fill(reservation, content)

@@ -30,7 +30,7 @@ _log = structlog.get_logger(__name__)
 
 
 def run_server(settings: StageSettings) -> None:
-    """Serve until SIGTERM or SIGINT; then leave the coordinator and end the run in good order."""
+    """Serve until SIGTERM or SIGINT; then let the run here be ended in good order, and leave the coordinator."""
     leave_compiler_out()
     distribution = version("gradwire")
     device = open_device(settings.device, settings.threads)
@@ -40,7 +40,7 @@ def run_server(settings: StageSettings) -> None:
     server = settings.server or f"{host_name()}-{secrets.token_hex(4)}"
     info = device.describe()
     dial = partial(open_channel, tls=settings.tls, insecure=settings.insecure)
-    metrics = StageMetrics(service.registry, version=distribution)
+    metrics = StageMetrics(service.registry, version=distribution, role=settings.role)
     shared_memory = SharedMemory(
         _shared_memory_settings(settings), lambda reason: metrics.shared_fallbacks.labels(reason).inc()
     )
@@ -89,6 +89,8 @@ def run_server(settings: StageSettings) -> None:
     gc.enable()
     service.wait()
     _log.info("stopping", server=server)
+    membership.announce_leave(settings.grace_seconds)
+    service.finish(lambda: stage_service.is_held, settings.grace_seconds)
     membership.stop()
     stage_service.release_all("it was asked to stop")
     service.stop()

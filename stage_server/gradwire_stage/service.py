@@ -27,6 +27,7 @@ from gradwire_protocol.serving import register_with_raw_streams
 from gradwire_protocol.v1 import run_pb2, stage_pb2, stage_pb2_grpc
 from gradwire_protocol.v1 import tensors_pb2 as pb
 from gradwire_stage.device import Device
+from gradwire_stage.ended_runs import EndedRuns
 from gradwire_stage.executor import Executor
 from gradwire_stage.intake import Intake, StreamLimit
 from gradwire_stage.kept_state import KeptState
@@ -118,6 +119,7 @@ class StageService(stage_pb2_grpc.StageServiceServicer):
         self._lock = threading.Lock()  # guards _held
         self._preparing = threading.Lock()  # one Prepare at a time, and no measurement beside it
         self._held: _Held | None = None
+        self._ended = EndedRuns(server)
         metrics.mailbox_bytes.set_function(self._mailbox_bytes)
         metrics.local_streams.set_function(lambda: self._local_streams.count)
         metrics.shared_memory_bytes.set_function(lambda: self._shared_memory.size_bytes)
@@ -136,11 +138,18 @@ class StageService(stage_pb2_grpc.StageServiceServicer):
 
     def Prepare(self, request: stage_pb2.PrepareRequest, context: Any) -> stage_pb2.PrepareReply:  # noqa: N802
         with self._preparing:
+            self._ended.check(request.run, request.generation)
             kept = self._kept_for(request) if request.takes_over else None
             self._make_room(request.run, request.generation)
             executor = Executor(lambda fail: self._build(request, fail, kept), self._on_end)
             with self._lock:
                 self._held = _Held(executor, self._limits.prepared_seconds)
+            try:
+                # Released while it was prepared: its coordinator does not wait for it any more.
+                self._ended.check(request.run, request.generation)
+            except StaleGeneration as error:
+                executor.release(error)
+                raise
         run = executor.run
         _log.info("prepared", run=run.run, generation=run.generation, stages=run.stages, state_bytes=run.state_bytes)
         return stage_pb2.PrepareReply(
@@ -172,6 +181,8 @@ class StageService(stage_pb2_grpc.StageServiceServicer):
             executor.release(Aborted("The coordinator's stream has ended"))
 
     def Release(self, request: stage_pb2.ReleaseRequest, context: Any) -> stage_pb2.ReleaseReply:  # noqa: N802
+        # First: a Prepare that is on its way sees it afterwards.
+        self._ended.note(request.run, request.generation)
         held = self._held
         if held is not None and held.executor.run.run == request.run:
             run = held.executor.run
@@ -273,6 +284,11 @@ class StageService(stage_pb2_grpc.StageServiceServicer):
 
     # --- for the process around it
 
+    @property
+    def is_held(self) -> bool:
+        """Whether a run is here."""
+        return self._held is not None
+
     def activity(self) -> stage_pb2.Activity:
         """Return what this server is doing. Any thread."""
         held = self._held
@@ -354,6 +370,7 @@ class StageService(stage_pb2_grpc.StageServiceServicer):
         )
 
     def _on_end(self, executor: Executor) -> None:
+        self._ended.note(executor.run.run, executor.run.generation)
         with self._lock:
             if self._held is not None and self._held.executor is executor:
                 self._held.expiry.cancel()

@@ -60,6 +60,8 @@ class StageSettings(Settings):
     shared_memory_bytes: int = Field(default=0, ge=0)
     # Where servers that share memory find each other; the system's directory for temporary files.
     shared_memory_directory: DirectoryPath | None = None
+    # From SIGTERM on, for the run's client to finish its step and to save.
+    grace_seconds: float = Field(default=30.0, ge=0.0, le=3600.0)
     tls_authority: Path | None = None
     tls_certificate: Path | None = None
     tls_key: Path | None = None

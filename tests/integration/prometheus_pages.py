@@ -11,12 +11,15 @@ from prometheus_client.parser import text_string_to_metric_families
 Page = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
-def scrape(address: str) -> Page:
+def page_text(address: str) -> str:
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as page:
-        text = page.read().decode()
+        return str(page.read().decode())
+
+
+def scrape(address: str) -> Page:
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(text)
+        for family in text_string_to_metric_families(page_text(address))
         for sample in family.samples
     }
 

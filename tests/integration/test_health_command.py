@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from services import free_port
 
 from gradwire.certs.authority import Authority
 from gradwire.certs.members import issue
@@ -20,13 +21,6 @@ from gradwire_protocol.roles import Role
 from gradwire_protocol.tls_files import TlsFiles
 
 MODULES = {Role.COORDINATOR: "gradwire_coordinator", Role.STAGE: "gradwire_stage"}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def tls_flags(files: TlsFiles) -> list[str]:

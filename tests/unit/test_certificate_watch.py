@@ -14,6 +14,7 @@ from gradwire_protocol.credentials import OwnCertificate
 from gradwire_protocol.roles import Role
 
 METRIC = "gradwire_certificate_expiry_timestamp_seconds"
+RENEWAL = "gradwire_certificate_renewal_timestamp_seconds"
 
 
 @pytest.fixture
@@ -27,6 +28,10 @@ def test_the_metric_follows_the_files(authority):
     CertificateWatch(own, registry)
     first = registry.get_sample_value(METRIC)
     assert first == own.current().info.not_after.timestamp()
+    renewal = registry.get_sample_value(RENEWAL)
+    # Of a short life the last quarter, and it began five minutes ago.
+    assert first - renewal == pytest.approx(0.25 * (2 * 86400 + 300), abs=60)
+    assert renewal == own.current().info.due_at.timestamp()
     issue(authority, role=Role.CLIENT, name="a", life=timedelta(days=5))
     assert registry.get_sample_value(METRIC) - first == pytest.approx(3 * 86400, abs=5)
 

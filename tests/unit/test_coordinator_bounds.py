@@ -266,7 +266,9 @@ def test_bounds_of_steps_with_fewer_micro_batches() -> None:
 
 
 def test_many_micro_batches_take_no_time_to_speak_of() -> None:
-    start = time.monotonic()
+    # Of this process alone: others may be busy beside it. Two seconds, where the square of the micro-batches would be
+    # minutes.
+    start = time.process_time()
     for stage in range(15):
         untaken_bounds(one_f_one_b(16, 1024), (stage, stage + 1))
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 20

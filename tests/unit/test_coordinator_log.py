@@ -148,7 +148,7 @@ def test_another_versions_log_is_refused(tmp_path: Path) -> None:
     database.close()
     with pytest.raises(SettingsError, match="another version") as caught:
         RunLog(tmp_path)
-    assert (caught.value.expected, caught.value.got) == ("schema 1", "schema 99")
+    assert (caught.value.expected, caught.value.got) == ("schema 2", "schema 99")
 
 
 def test_a_file_that_is_no_log_is_refused(tmp_path: Path) -> None:
@@ -161,3 +161,43 @@ def test_a_directory_that_cannot_be_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SettingsError, match="Cannot open the run log"):
         RunLog(tmp_path / "file" / "below")
+
+
+def test_a_log_of_the_first_version_is_taken_over(tmp_path: Path) -> None:
+    with RunLog(tmp_path) as log:
+        log.create_run("r", 1, REQUEST)
+        log.append("r", entry(1))
+    database = sqlite3.connect(tmp_path / FILE_NAME)
+    # What the second version has added.
+    database.execute("DROP TABLE checkpoints")
+    database.execute("PRAGMA user_version = 1")
+    database.close()
+    with pytest.raises(SettingsError, match="another version"):
+        RunLog(tmp_path, read_only=True)
+    stored = coordinator_pb2.StoredCheckpoint(directory="a/b", step=1, written_at=2.0)
+    with RunLog(tmp_path) as log:
+        assert log.entries("r") == [entry(1)]
+        log.record_checkpoint("r", 1, stored)
+    with RunLog(tmp_path, read_only=True) as log:
+        assert log.last_checkpoint("r") == stored
+
+
+def test_the_newest_of_everything_is_found(tmp_path: Path) -> None:
+    with RunLog(tmp_path) as log:
+        log.create_run("r", 1, REQUEST)
+        assert log.last_numbers("r") == (0, 0)
+        assert log.last_checkpoint("r") is None
+        for number in range(1, 6):
+            log.append("r", entry(number))
+        for number in (1, 2, 3):
+            log.record_result("r", run_pb2.EntryResult(entry=number, loss=float(number)))
+        for number in (2, 3):
+            log.record_checkpoint("r", number, coordinator_pb2.StoredCheckpoint(directory=f"at-{number}", step=number))
+        assert log.last_numbers("r") == (5, 3)
+        assert [(found.number, result.loss) for found, result in log.last_finished("r", limit=2)] == [
+            (3, 3.0),
+            (2, 2.0),
+        ]
+        last = log.last_checkpoint("r")
+        assert last is not None
+        assert last.directory == "at-3"

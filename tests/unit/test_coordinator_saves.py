@@ -29,12 +29,14 @@ class Run:
     """What a run does for its checkpoints, with two servers."""
 
     def __init__(self, root: Path | None) -> None:
+        self.finished: list[tuple[str, int]] = []
         self.outcomes: queue.SimpleQueue[run_pb2.SaveOutcome] = queue.SimpleQueue()
         self.saves = RunSaves(CheckpointRoot(root, "The coordinator"), WRITERS, self.done)
         self.root = root
         self.entry = 0
 
-    def done(self, outcome: run_pb2.SaveOutcome) -> None:
+    def done(self, outcome: run_pb2.SaveOutcome, directory: str, step: int) -> None:
+        self.finished.append((directory, step))
         self.saves.forget(outcome.entry)
         self.outcomes.put(outcome)
 
@@ -78,6 +80,7 @@ def test_the_parts_of_all_servers_become_a_checkpoint(run: Run, tmp_path: Path) 
     assert len(run.saves) == 1
     run.saves.take(0, run.part(0, folder, "a"))
     assert run.outcomes.get(timeout=10) == run_pb2.SaveOutcome(entry=1)
+    assert run.finished == [("deep/a", 7)]
     assert not run.saves
     manifest = check(tmp_path / "deep" / "a")
     assert manifest.optimizer.numbers == {"a": {"step": 1.5}, "b": {"step": 1.5}}
@@ -172,9 +175,9 @@ def test_the_end_of_the_run_waits_for_what_lacks_only_its_manifest(tmp_path: Pat
     held = threading.Event()
     done = run.done
 
-    def slow(outcome: run_pb2.SaveOutcome) -> None:
+    def slow(outcome: run_pb2.SaveOutcome, directory: str, step: int) -> None:
         assert held.wait(10)
-        done(outcome)
+        done(outcome, directory, step)
 
     run.saves = RunSaves(CheckpointRoot(tmp_path, "The coordinator"), WRITERS, slow)
     folder = run.begin()

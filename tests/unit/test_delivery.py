@@ -298,3 +298,19 @@ def test_a_sender_can_be_cut_off_while_it_connects(receiver):
     go_on.set()
     sender.close()
     assert receiver.messages == []
+
+
+@pytest.mark.parametrize("receiver", ["call"], indirect=True)
+def test_a_sender_that_cannot_look_for_a_way_says_so(receiver):
+    """On the thread that looks nobody would see it, and all would wait for a message that never comes."""
+    failures = []
+
+    def connect():
+        raise ValueError("filedescriptor out of range in select()")
+
+    sender = FrameSender(receiver.channel, "stage 1", connect=connect, on_failure=failures.append)
+    wait_until(lambda: failures)
+    for attempt in (lambda: sender.send(*message(10)), lambda: sender.flush(5)):
+        with pytest.raises(InternalError, match=r"Cannot look for a way to stage 1.*out of range"):
+            attempt()
+    sender.close()

@@ -252,3 +252,16 @@ def test_a_skipped_message_is_checked_and_takes_no_memory():
     assembler.feed(pb.TensorFrame(header=header_for([5, 3], sequence=3)).SerializeToString())
     with pytest.raises(FrameError, match="missing or repeated"):
         assembler.feed(chunk(8, 4))
+
+
+@pytest.mark.parametrize(
+    ("codec", "data_type", "size_bytes", "expected"),
+    [
+        (pb.CODEC_NONE, pb.DATA_TYPE_FLOAT32, 24, 24),
+        (pb.CODEC_INT8, pb.DATA_TYPE_FLOAT32, 10, 24),
+        (pb.CODEC_BF16, pb.DATA_TYPE_FLOAT64, 12, 48),
+    ],
+)
+def test_what_a_tensor_takes_without_its_codec(codec, data_type, size_bytes, expected):
+    info = pb.TensorInfo(data_type=data_type, shape=[2, 3], codec=codec, size_bytes=size_bytes)
+    assert frames.decoded_bytes(info) == expected

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -189,3 +190,23 @@ def test_sockets_of_the_killed_are_swept_and_no_others(tmp_path):
         assert directory.sweep() == 2
         assert sorted(os.listdir(private)) == sorted([".young", "a file", handover.name])
         os.close(take_over(tmp_path, handover.name, TICKET, 2))  # the sweep does not hinder it
+
+
+def test_descriptors_may_have_high_numbers(tmp_path):
+    """As in a server with very many connections: `select` takes none from 1,024 on."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 1200:
+        pytest.skip("a process may have too few descriptors here")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(before[0], 1200), hard))
+    taken = [os.open("/dev/null", os.O_RDONLY)]
+    try:
+        while taken[-1] < 1024:
+            taken.append(os.dup(taken[0]))
+        with serving(tmp_path) as (handover, given):
+            os.close(take_over(tmp_path, handover.name, TICKET, 2))
+        assert given
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

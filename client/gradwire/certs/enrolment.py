@@ -30,6 +30,7 @@ from gradwire_protocol.certificates import (
     read_certificates,
 )
 from gradwire_protocol.channels import SERVER_OPTIONS, bind_with
+from gradwire_protocol.connection_limit import connection_options
 from gradwire_protocol.errors import ErrorInterceptor, FrameError, LimitExceeded
 from gradwire_protocol.roles import Role
 from gradwire_protocol.v1 import enrolment_pb2, enrolment_pb2_grpc
@@ -84,7 +85,12 @@ class EnrolmentServer:
         self._server = grpc.server(
             futures.ThreadPoolExecutor(_WORKERS, thread_name_prefix="enrolment"),
             interceptors=(ErrorInterceptor(),),
-            options=[("grpc.max_receive_message_length", _MAXIMUM_MESSAGE_BYTES), *SERVER_OPTIONS],
+            # Of two values for one option gRPC takes the first.
+            options=[
+                ("grpc.max_receive_message_length", _MAXIMUM_MESSAGE_BYTES),
+                *SERVER_OPTIONS,
+                *connection_options(),
+            ],
             maximum_concurrent_rpcs=_WAITING_CALLS,
         )
         servicer = Enrolment(directory, life=life, attempts=attempts)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 # The children watch this process: when it goes, they go.
@@ -26,12 +28,49 @@ def exit_code() -> int | None:
     return 128 + _received[0] if _received else None
 
 
+@contextmanager
+def asking_first(ask: Callable[[], bool], grace_seconds: float) -> Iterator[None]:
+    """Within the block, have SIGTERM ask for the end, and end the command only if there is none within the grace.
+
+    `ask` returns whether anybody was there to be asked; it is called in the signal's handler. A second SIGTERM does not
+    ask.
+    """
+    asked = False
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked or not ask():
+            _end(number, frame)
+            return
+        asked = True
+        _exit_after(grace_seconds + _LIMIT_SECONDS, number)
+        # The main thread gets the signal once more, when the grace is over.
+        timer = threading.Timer(grace_seconds, os.kill, (os.getpid(), number))
+        timer.daemon = True
+        timer.start()
+
+    previous = signal.getsignal(signal.SIGTERM)
+    if previous is not _end:
+        # Ignored from outside, or somebody else's.
+        yield
+        return
+    signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 def _end(number: int, frame: FrameType | None) -> None:
     _received.append(number)
     # An exception can get lost in a callback of foreign code: the timer does not.
-    timer = threading.Timer(_LIMIT_SECONDS, os._exit, (128 + number,))
-    timer.daemon = True
-    timer.start()
+    _exit_after(_LIMIT_SECONDS, number)
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + number)
+
+
+def _exit_after(seconds: float, number: int) -> None:
+    timer = threading.Timer(seconds, os._exit, (128 + number,))
+    timer.daemon = True
+    timer.start()

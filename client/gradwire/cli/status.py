@@ -97,11 +97,14 @@ def _servers(reply: coordinator_pb2.GetStatusReply) -> Table:
 
 def _runs(reply: coordinator_pb2.GetStatusReply) -> Table:
     table = Table(
-        "run", "state", "description", "step", "loss", "entries", "reason", title="Runs", title_justify="left"
+        *("run", "state", "description", "step", "loss", "entries", "checkpoint", "reason"),
+        title="Runs",
+        title_justify="left",
     )
     for run in reply.runs:
         state = coordinator_pb2.RunState.Name(run.state).removeprefix("RUN_STATE_").lower()
         loss = f"{run.loss:.4f}" if run.HasField("loss") else ""
         entries = f"{run.finished_entry} of {run.last_entry}"
-        table.add_row(run.run, state, run.description, str(run.step), loss, entries, run.reason)
+        checkpoint = run.checkpoint.directory
+        table.add_row(run.run, state, run.description, str(run.step), loss, entries, checkpoint, run.reason)
     return table

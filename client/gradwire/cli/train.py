@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gradwire.cli.flags import with_flags
+from gradwire.cli.interrupts import asking_first
 from gradwire.cli.reporters import BarReporter, JsonReporter, LineReporter
+from gradwire.cli.resuming import LOST, Needs, Resuming
 from gradwire.cluster import Cluster, connect
 from gradwire.collector import collector_paused
 from gradwire.job.files import text_files
@@ -20,7 +22,11 @@ from gradwire.job.settings import JobSettings, load_job_settings, parameter_serv
 from gradwire.local_cluster import LocalProcesses
 from gradwire_protocol.errors import PlanError, SettingsError
 from gradwire_protocol.settings import tls_files
+from gradwire_protocol.tls_files import TlsFiles
 from gradwire_protocol.v1 import coordinator_pb2
+
+if TYPE_CHECKING:
+    from gradwire.job.training import Job
 
 
 @with_flags(JobSettings, reference_values())
@@ -49,52 +55,121 @@ def train(
     text_files(settings.data)
     tls = tls_files(settings.tls_authority, settings.tls_certificate, settings.tls_key)
     reporter = _reporter(json, settings.steps)
-    if settings.coordinator is not None:
-        with connect(settings.coordinator, tls, insecure=settings.insecure) as cluster:
-            _check_servers(cluster, servers_of(settings))
-            directory = resumed or RunDirectory.create(settings.out)
-            summary = _run(settings, cluster, None, directory, reporter, started_at, resume=resume is not None)
-    else:
-        directory = resumed or RunDirectory.create(settings.out)
-        reporter.note(f"starting a coordinator and {servers_of(settings)} stage servers …")
-        # The servers start, and import torch, while this process does.
-        with (
-            LocalProcesses(
-                stage_servers=servers_of(settings),
-                parameter_servers=parameter_servers_of(settings),
-                threads=settings.threads,
-                log_dir=directory.logs,
-            ) as processes,
-            Cluster(processes.address) as cluster,
-        ):
-            summary = _run(settings, cluster, processes, directory, reporter, started_at, resume=resume is not None)
+    job_runs = _JobRuns(settings, reporter, started_at)
+    try:
+        with asking_first(job_runs.request_stop, settings.grace_seconds):
+            if settings.coordinator is not None:
+                summary = _train_there(settings, settings.coordinator, tls, resumed, job_runs, reporter)
+            else:
+                summary = _train_here(settings, resumed, job_runs, reporter)
+    except LOST as error:
+        if not job_runs.stop_requested:
+            raise
+        # What it was asked for: its state is in a checkpoint.
+        reporter.note(error.message)
+        if job_runs.directory is not None:
+            reporter.note(f"go on with: gradwire train --resume {job_runs.directory.path}")
+        return
     if summary["verdict"] == "different":
         raise typer.Exit(1)
 
 
-def _run(
+def _train_there(
     settings: JobSettings,
-    cluster: Cluster,
-    processes: LocalProcesses | None,
-    directory: RunDirectory,
+    coordinator: str,
+    tls: TlsFiles | None,
+    resumed: RunDirectory | None,
+    job_runs: _JobRuns,
     reporter: Reporter,
-    started_at: float,
-    *,
-    resume: bool,
 ) -> dict[str, Any]:
-    # Imports torch: late, when the servers are on their way.
-    with collector_paused():
-        import torch
+    """Train on a running cluster, and go on from the last checkpoint if it is lost."""
 
-        from gradwire.job.training import Job
+    def open_cluster() -> Cluster:
+        return connect(coordinator, tls, insecure=settings.insecure)
 
-    # The cores are the servers'. A second thread here would do nothing but spin between small operations.
-    torch.set_num_threads(1)
-    job = Job(settings)
-    if processes is not None:
-        processes.wait_registered(cluster)
-    with reporter:
-        return job.run(cluster, directory, reporter, started_at, resume=resume)
+    needs = Needs(stage_servers=servers_of(settings), parameter_servers=parameter_servers_of(settings))
+    with open_cluster() as cluster:
+        _check_servers(cluster, needs.stage_servers)
+    directory = resumed or RunDirectory.create(settings.out)
+    resuming = Resuming(
+        open_cluster,
+        needs,
+        seconds=settings.reconnect_seconds,
+        last_step=lambda: directory.last_step,
+        note=reporter.note,
+    )
+    job_runs.waiting = resuming
+
+    def attempt(cluster: Cluster, resume: bool) -> dict[str, Any]:
+        return job_runs.run(cluster, None, directory, resume=resume)
+
+    return resuming.run(attempt, resume=resumed is not None)
+
+
+def _train_here(
+    settings: JobSettings, resumed: RunDirectory | None, job_runs: _JobRuns, reporter: Reporter
+) -> dict[str, Any]:
+    """Train on a cluster of this command's own."""
+    directory = resumed or RunDirectory.create(settings.out)
+    reporter.note(f"starting a coordinator and {servers_of(settings)} stage servers …")
+    # The servers start, and import torch, while this process does.
+    with (
+        LocalProcesses(
+            stage_servers=servers_of(settings),
+            parameter_servers=parameter_servers_of(settings),
+            threads=settings.threads,
+            log_dir=directory.logs,
+        ) as processes,
+        Cluster(processes.address) as cluster,
+    ):
+        return job_runs.run(cluster, processes, directory, resume=resumed is not None)
+
+
+class _JobRuns:
+    """The job, as often as it must be begun; and whether it was asked to stop."""
+
+    def __init__(self, settings: JobSettings, reporter: Reporter, started_at: float) -> None:
+        self._settings = settings
+        self._reporter = reporter
+        self._started_at = started_at
+        self._job: Job | None = None
+        # What begins it again when its cluster is lost.
+        self.waiting: Resuming | None = None
+        self.stop_requested = False
+        self.directory: RunDirectory | None = None
+
+    def request_stop(self) -> bool:
+        """Have the training end before its next step; return whether there is any. For a signal's handler."""
+        if self._job is not None:
+            asked = self._job.request_stop("this process was asked to stop")
+        else:
+            asked = self.waiting is not None
+        if asked:
+            self.stop_requested = True
+            if self.waiting is not None:
+                self.waiting.stop()
+        return asked
+
+    def run(
+        self, cluster: Cluster, processes: LocalProcesses | None, directory: RunDirectory, *, resume: bool
+    ) -> dict[str, Any]:
+        self.directory = directory
+        # Imports torch: late, when the servers are on their way.
+        with collector_paused():
+            import torch
+
+            from gradwire.job.training import Job
+
+        # The cores are the servers'. A second thread here would do nothing but spin between small operations.
+        torch.set_num_threads(1)
+        self._job = Job(self._settings)
+        try:
+            if processes is not None:
+                processes.wait_registered(cluster)
+            with self._reporter:
+                return self._job.run(cluster, directory, self._reporter, self._started_at, resume=resume)
+        finally:
+            self._job = None
 
 
 def _resumed(resume: Path | None, config: Path | None, flags: dict[str, Any]) -> RunDirectory | None:

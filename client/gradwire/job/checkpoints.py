@@ -5,18 +5,17 @@ Leaves what is in them to gradwire.checkpoint.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gradwire.checkpoint.background import Save
+from gradwire.job.run_directory import checkpoint_steps
 from gradwire.trainer import Trainer
 from gradwire_protocol.checkpoint.directory import remove
 from gradwire_protocol.checkpoint.reader import check
 from gradwire_protocol.errors import CheckpointError, SettingsError
 
-_NAME = re.compile(r"step-(\d{1,15})")
 Batch = TypeVar("Batch")
 
 
@@ -70,8 +69,11 @@ class JobCheckpoints:
 
     def finish(self, trainer: Trainer, step: int, position: Mapping[str, Any]) -> None:
         """Save after the last step, and wait for it. A failure is noted: the run's result does not depend on it."""
-        if self._every is None:
-            return
+        if self._every is not None:
+            self.save_now(trainer, step, position)
+
+    def save_now(self, trainer: Trainer, step: int, position: Mapping[str, Any]) -> None:
+        """Save what is not saved yet, also where no checkpoints are asked for, and wait for it. A failure is noted."""
         self._look()
         if self._saved != step:
             self._save(trainer, step, position)
@@ -112,9 +114,7 @@ class JobCheckpoints:
 
     def _paths(self) -> list[Path]:
         """Return all that are there under their final names, newest first."""
-        if not self._directory.is_dir():
-            return []
-        found = {path: int(match[1]) for path in self._directory.iterdir() if (match := _NAME.fullmatch(path.name))}
+        found = checkpoint_steps(self._directory)
         return sorted(found, key=lambda path: -found[path])
 
 

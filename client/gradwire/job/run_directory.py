@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 import tomllib
 from collections.abc import Mapping
@@ -25,7 +26,15 @@ _SETTINGS, _PLAN, _METRICS, _WEIGHTS, _SUMMARY = (
     "weights.safetensors",
     "summary.json",
 )
+_CHECKPOINT = re.compile(r"step-(\d{1,15})")
 _REPORT, _REPORT_TEXT = "report.json", "report.txt"
+
+
+def checkpoint_steps(directory: Path) -> dict[Path, int]:
+    """Return the checkpoints in a directory that are there under their final names, and their steps."""
+    if not directory.is_dir():
+        return {}
+    return {path: int(match[1]) for path in directory.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))}
 
 
 class RunDirectory:
@@ -84,6 +93,11 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         """Where checkpoints are, each in a directory step-N."""
         return self.path / "checkpoints"
+
+    @property
+    def last_step(self) -> int | None:
+        """The step of the newest checkpoint; None if there is none."""
+        return max(checkpoint_steps(self.checkpoints).values(), default=None)
 
     @property
     def logs(self) -> Path:

@@ -77,6 +77,12 @@ class JobSettings(Settings):
     validation_windows: int = Field(ge=1, description="Windows of held-out text a validation")
     save_every: int | None = Field(None, ge=1, description="Steps between checkpoints [default: no checkpoints]")
     keep_checkpoints: int = Field(3, ge=1, description="Newest checkpoints to keep")
+    reconnect_seconds: float = Field(
+        120.0,
+        ge=0,
+        description="How long to wait for the cluster at --coordinator if it is lost, to go on from a checkpoint",
+    )
+    grace_seconds: float = Field(30.0, ge=0, description="From SIGTERM on, to finish the step and to save")
     check: bool = Field(description="End with the comparison of one step with one process")
     coordinator: str | None = Field(None, description="HOST:PORT of a running coordinator [default: a local cluster]")
     tls_authority: Path | None = Field(None, description="PEM file of the authority that both sides trust")

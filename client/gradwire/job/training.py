@@ -81,6 +81,16 @@ class Job:
         self._optimizer = make_optimizer(self._model, lr=settings.lr, weight_decay=settings.weight_decay)
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._lr_share)
         self._plan = plan_of(settings)
+        self._trainer: Trainer | None = None
+        self._stop_reason = ""
+        self._trained = False
+
+    def request_stop(self, reason: str) -> bool:
+        """Have the training end before its next step; return whether there is any. From any thread or signal."""
+        self._stop_reason = reason
+        if self._trainer is not None:
+            self._trainer.request_stop(reason)
+        return not self._trained
 
     def run(
         self,
@@ -93,7 +103,8 @@ class Job:
     ) -> dict[str, Any]:
         """Train, validate, write, check; return the summary. started_at: time.monotonic() of the command's start.
 
-        resume: go on from the newest whole checkpoint in the directory.
+        resume: go on from the newest whole checkpoint in the directory. Stopping if the training is to end before its
+        last step; there is a checkpoint then, unless a note says why not.
         """
         settings = self._settings
         checkpoints = JobCheckpoints(
@@ -114,7 +125,13 @@ class Job:
             max_grad_norm=settings.max_grad_norm,
             precision=settings.precision,
             description=f"GPT, {settings.layers} layers of {settings.width}",
+            on_stop=lambda trainer: checkpoints.save_now(
+                trainer, trainer.steps_done, self._windows.position(trainer.steps_done)
+            ),
         ) as trainer:
+            self._trainer = trainer
+            if self._stop_reason:
+                trainer.request_stop(self._stop_reason)
             if newest is not None:
                 self._resume(trainer, newest, directory, progress)
                 reporter.note(f"going on after step {progress.done}, from {newest}")
@@ -138,6 +155,7 @@ class Job:
             # Of the first step of a run nothing is reported.
             report = trainer.report() if progress.done - begin > 1 else None
             state = trainer.state_dict()
+            self._trained = True  # nothing is lost from here on
         weights = directory.write_weights(state)
         self._model.load_state_dict(state)
         averages = progress.averages

@@ -49,8 +49,8 @@ class StoredCheckpoint:
         self.path = path
         try:
             settle(path)
+            _check_places(path, root)
             self.text = manifest_text(path)
-            _check_place(path / FILE_NAME, root)
             self.sha256 = hashlib.sha256(self.text).hexdigest()
             if verified and verified != self.sha256:
                 raise self._changed("it is not the one that was checked", verified)
@@ -156,6 +156,14 @@ def _check_file(path: Path, size_bytes: int, sha256: str, root: Path | None) -> 
             got=got,
             remedy=_REMEDY,
         )
+
+
+def _check_places(directory: Path, root: Path | None) -> None:
+    """Refuse what leads out of the root, whether the manifest names it or not, before any of it is opened."""
+    if directory.is_dir():
+        for path in directory.iterdir():
+            if path.is_symlink() and path.exists():
+                _check_place(path, root)
 
 
 def _check_place(path: Path, root: Path | None) -> None:

@@ -76,12 +76,14 @@ class RegisterReply(_message.Message):
     def __init__(self, lease_seconds: _Optional[float] = ..., heartbeat_seconds: _Optional[float] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
-    __slots__ = ("server", "activity")
+    __slots__ = ("server", "activity", "leaves_in_seconds")
     SERVER_FIELD_NUMBER: _ClassVar[int]
     ACTIVITY_FIELD_NUMBER: _ClassVar[int]
+    LEAVES_IN_SECONDS_FIELD_NUMBER: _ClassVar[int]
     server: str
     activity: _stage_pb2.Activity
-    def __init__(self, server: _Optional[str] = ..., activity: _Optional[_Union[_stage_pb2.Activity, _Mapping]] = ...) -> None: ...
+    leaves_in_seconds: float
+    def __init__(self, server: _Optional[str] = ..., activity: _Optional[_Union[_stage_pb2.Activity, _Mapping]] = ..., leaves_in_seconds: _Optional[float] = ...) -> None: ...
 
 class HeartbeatReply(_message.Message):
     __slots__ = ()
@@ -375,13 +377,23 @@ class DriveRequest(_message.Message):
     entry: _run_pb2.Entry
     def __init__(self, run: _Optional[str] = ..., entry: _Optional[_Union[_run_pb2.Entry, _Mapping]] = ...) -> None: ...
 
+class StopRequest(_message.Message):
+    __slots__ = ("reason", "seconds")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    seconds: float
+    def __init__(self, reason: _Optional[str] = ..., seconds: _Optional[float] = ...) -> None: ...
+
 class DriveReply(_message.Message):
-    __slots__ = ("result", "saved")
+    __slots__ = ("result", "saved", "stop")
     RESULT_FIELD_NUMBER: _ClassVar[int]
     SAVED_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
     result: _run_pb2.EntryResult
     saved: _run_pb2.SaveOutcome
-    def __init__(self, result: _Optional[_Union[_run_pb2.EntryResult, _Mapping]] = ..., saved: _Optional[_Union[_run_pb2.SaveOutcome, _Mapping]] = ...) -> None: ...
+    stop: StopRequest
+    def __init__(self, result: _Optional[_Union[_run_pb2.EntryResult, _Mapping]] = ..., saved: _Optional[_Union[_run_pb2.SaveOutcome, _Mapping]] = ..., stop: _Optional[_Union[StopRequest, _Mapping]] = ...) -> None: ...
 
 class BeginSaveRequest(_message.Message):
     __slots__ = ("run", "directory", "manifest")
@@ -483,8 +495,18 @@ class ServerStatus(_message.Message):
     activity: _stage_pb2.Activity
     def __init__(self, server: _Optional[str] = ..., role: _Optional[_Union[ServerRole, str]] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., device: _Optional[_Union[DeviceInfo, _Mapping]] = ..., version: _Optional[str] = ..., silent_seconds: _Optional[float] = ..., activity: _Optional[_Union[_stage_pb2.Activity, _Mapping]] = ...) -> None: ...
 
+class StoredCheckpoint(_message.Message):
+    __slots__ = ("directory", "step", "written_at")
+    DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    WRITTEN_AT_FIELD_NUMBER: _ClassVar[int]
+    directory: str
+    step: int
+    written_at: float
+    def __init__(self, directory: _Optional[str] = ..., step: _Optional[int] = ..., written_at: _Optional[float] = ...) -> None: ...
+
 class RunStatus(_message.Message):
-    __slots__ = ("run", "state", "generation", "description", "last_entry", "finished_entry", "step", "loss", "reason", "plan", "created_at")
+    __slots__ = ("run", "state", "generation", "description", "last_entry", "finished_entry", "step", "loss", "reason", "plan", "created_at", "checkpoint")
     RUN_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
@@ -496,6 +518,7 @@ class RunStatus(_message.Message):
     REASON_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     CREATED_AT_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     run: str
     state: RunState
     generation: int
@@ -507,7 +530,8 @@ class RunStatus(_message.Message):
     reason: str
     plan: PlanSummary
     created_at: float
-    def __init__(self, run: _Optional[str] = ..., state: _Optional[_Union[RunState, str]] = ..., generation: _Optional[int] = ..., description: _Optional[str] = ..., last_entry: _Optional[int] = ..., finished_entry: _Optional[int] = ..., step: _Optional[int] = ..., loss: _Optional[float] = ..., reason: _Optional[str] = ..., plan: _Optional[_Union[PlanSummary, _Mapping]] = ..., created_at: _Optional[float] = ...) -> None: ...
+    checkpoint: StoredCheckpoint
+    def __init__(self, run: _Optional[str] = ..., state: _Optional[_Union[RunState, str]] = ..., generation: _Optional[int] = ..., description: _Optional[str] = ..., last_entry: _Optional[int] = ..., finished_entry: _Optional[int] = ..., step: _Optional[int] = ..., loss: _Optional[float] = ..., reason: _Optional[str] = ..., plan: _Optional[_Union[PlanSummary, _Mapping]] = ..., created_at: _Optional[float] = ..., checkpoint: _Optional[_Union[StoredCheckpoint, _Mapping]] = ...) -> None: ...
 
 class GetStatusReply(_message.Message):
     __slots__ = ("version", "servers", "runs")
