@@ -7,7 +7,6 @@ are missing (`window.py`), whose fault a failure is (`failures.py`).
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from gradwire_coordinator.layout import Layout
 from gradwire_coordinator.link import Link
 from gradwire_coordinator.links import prepare_all, release_all
 from gradwire_coordinator.metrics import RunStanding
+from gradwire_coordinator.outcomes import Outcomes
 from gradwire_coordinator.run_context import RunContext
 from gradwire_coordinator.saves import RunSaves, Writer
 from gradwire_coordinator.stall_watch import StallWatch
@@ -31,10 +31,6 @@ from gradwire_protocol.errors import Aborted, FrameError, GradwireError, ServerB
 from gradwire_protocol.v1 import coordinator_pb2, run_pb2, stage_pb2
 
 _log = structlog.get_logger(__name__)
-
-
-# What its client gets: of each entry, how the writing of a checkpoint ended, and that it is to end the run.
-Outcome = run_pb2.EntryResult | run_pb2.SaveOutcome | coordinator_pb2.StopRequest
 
 
 class Run:
@@ -53,9 +49,7 @@ class Run:
     ) -> None:
         self.run = run
         self.generation = generation
-        self.created_at = time.time()
         self._created_clock = time.monotonic()
-        self._description = request.description[:200]
         self._plan = request.plan
         self._rules = EntryRules(
             generation=generation,
@@ -70,17 +64,19 @@ class Run:
         self._driven = False
         self._draining = False
         self._replanning = False
-        self._results: queue.SimpleQueue[Outcome | GradwireError | None] = queue.SimpleQueue()
-        self._state: coordinator_pb2.RunState = coordinator_pb2.RUN_STATE_PREPARED
-        self._reason = ""
+        self.outcomes = Outcomes()
+        # What displays show, but for the plan.
+        self._known = coordinator_pb2.RunStatus(
+            run=run,
+            state=coordinator_pb2.RUN_STATE_PREPARED,
+            generation=generation,
+            description=request.description[:200],
+            created_at=time.time(),
+        )
         self._error: GradwireError | None = None
         self._ending = False
         self._finished = threading.Event()
-        self._last_entry = self._finished_entry = self._step = 0
-        self._loss: float | None = None
         self._stop = StopState()
-        self._checkpoint: coordinator_pb2.StoredCheckpoint | None = None
-        self._saved_at: float | None = None
 
     def prepare(
         self, request: coordinator_pb2.CreateRunRequest, for_servers: Sequence[stage_pb2.PrepareRequest]
@@ -206,8 +202,8 @@ class Run:
             self._window.add(entry, now)
             if saves:
                 self._saves.dispatched(entry.number)
-            self._last_entry = entry.number
-            self._state = coordinator_pb2.RUN_STATE_ACTIVE
+            self._known.last_entry = entry.number
+            self._known.state = coordinator_pb2.RUN_STATE_ACTIVE
             for link, program in zip(self._links, programs, strict=True):
                 link.send(stage_pb2.ExecuteRequest(run=self.run, entry=entry, program=program))
 
@@ -217,25 +213,6 @@ class Run:
             if self._ending:
                 raise self._over()
         return self._saves.begin(request.directory, request.manifest)
-
-    def results(self, sign_seconds: float) -> Iterator[Outcome | None]:
-        """Yield results in the order of entries until the run ends; raise its failure.
-
-        How the writing of a checkpoint ended comes among them, when it has.
-
-        Yields None when there has been none for `sign_seconds`: a sign of life for who waits for them.
-        """
-        while True:
-            try:
-                item = self._results.get(timeout=sign_seconds)
-            except queue.Empty:
-                yield None
-                continue
-            if item is None:
-                return
-            if isinstance(item, GradwireError):
-                raise item
-            yield item
 
     def drain(self) -> None:
         """The client sends no more: end when the open entries are finished, and checkpoints written."""
@@ -260,7 +237,7 @@ class Run:
             request = self._stop.ask(reason, seconds, time.monotonic())
         if request is not None:
             _log.info("run asked to stop", run=self.run, reason=reason)
-            self._results.put(request)
+            self.outcomes.put(request)
 
     def overdue(self) -> str:
         """Return why the run must be ended, since its client has not done what it was asked to; empty: no reason."""
@@ -299,13 +276,13 @@ class Run:
                 return
             entry, result = finished
             self._context.log.record_result(self.run, result)
-            self._finished_entry = result.entry
+            self._known.finished_entry = result.entry
             if entry.HasField("train_step"):
-                self._step, self._loss = entry.train_step.step, result.loss
+                self._known.step, self._known.loss = entry.train_step.step, result.loss
             elif entry.HasField("load_state"):
-                self._step = entry.load_state.weight_version
+                self._known.step = entry.load_state.weight_version
             self._context.on_result(self, entry, result)
-            self._results.put(result)
+            self.outcomes.put(result)
             last = self._drained
         if last:
             self._finish(coordinator_pb2.RUN_STATE_ENDED, None)
@@ -317,13 +294,10 @@ class Run:
     def _on_save_done(self, outcome: run_pb2.SaveOutcome, directory: str, step: int) -> None:
         with self._lock:
             if not outcome.HasField("failure"):
-                self._checkpoint = coordinator_pb2.StoredCheckpoint(
-                    directory=directory, step=step, written_at=time.time()
-                )
-                self._context.log.record_checkpoint(self.run, outcome.entry, self._checkpoint)
-            if not outcome.HasField("failure"):
-                self._saved_at = time.time()
-            self._results.put(outcome)
+                stored = coordinator_pb2.StoredCheckpoint(directory=directory, step=step, written_at=time.time())
+                self._known.checkpoint.CopyFrom(stored)
+                self._context.log.record_checkpoint(self.run, outcome.entry, stored)
+            self.outcomes.put(outcome)
             self._saves.forget(outcome.entry)
             last = self._drained
         if last:
@@ -371,23 +345,23 @@ class Run:
         with self._lock:
             first, self._ending = not self._ending, True
             if first:
-                self._state, self._error = state, error
-                self._reason = str(error) if error else "its client closed it"
+                self._known.state, self._error = state, error
+                self._known.reason = str(error) if error else "its client closed it"
                 if error is None and self._stop.reason:
-                    self._reason += f", as it was asked to: {self._stop.reason}"
+                    self._known.reason += f", as it was asked to: {self._stop.reason}"
                 self._causes.close()
         if not first:
             self._finished.wait()
             return
         try:
-            release_all(self._links, self.run, self.generation, self._reason)
+            release_all(self._links, self.run, self.generation, self._known.reason)
             self._saves.close()
-            self._context.log.finish_run(self.run, state, self._reason)
+            self._context.log.finish_run(self.run, state, self._known.reason)
         finally:
             self._context.on_finished(self)
-            self._results.put(error)
+            self.outcomes.end(error)
             self._finished.set()
-        _log.info("run ended", run=self.run, state=coordinator_pb2.RunState.Name(state), reason=self._reason)
+        _log.info("run ended", run=self.run, state=coordinator_pb2.RunState.Name(state), reason=self._known.reason)
 
     def join(self) -> None:
         """Wait for this run's threads, after its end."""
@@ -398,7 +372,7 @@ class Run:
     def _over(self) -> GradwireError:
         if self._error is not None:
             return self._error
-        return Aborted(f"Run {self.run} is over", got=self._reason, remedy="create a new run")
+        return Aborted(f"Run {self.run} is over", got=self._known.reason, remedy="create a new run")
 
     # What others may know.
 
@@ -410,18 +384,19 @@ class Run:
     @property
     def state(self) -> coordinator_pb2.RunState:
         """The run's state; it is ended or failed as soon as it begins to end."""
-        return self._state
+        return self._known.state
 
     @property
     def failure(self) -> GradwireError | None:
         """What the run failed of; None if it has not."""
-        return self._error if self._state == coordinator_pb2.RUN_STATE_FAILED else None
+        return self._error if self._known.state == coordinator_pb2.RUN_STATE_FAILED else None
 
     def standing(self) -> RunStanding:
         """Return what metrics show of a run that is not over."""
         with self._lock:
             still_seconds = self._watch.still_seconds(self._window, time.monotonic())
-            return RunStanding(self.run, self.created_at, len(self._window), still_seconds, self._saved_at)
+            saved_at = self._known.checkpoint.written_at if self._known.HasField("checkpoint") else None
+            return RunStanding(self.run, self._known.created_at, len(self._window), still_seconds, saved_at)
 
     def undriven_seconds(self) -> float:
         """Return for how long the run has waited for its client; 0 once it has one."""
@@ -431,17 +406,8 @@ class Run:
     def status(self) -> coordinator_pb2.RunStatus:
         """Return what displays show."""
         with self._lock:
-            return coordinator_pb2.RunStatus(
-                run=self.run,
-                state=self._state,
-                generation=self.generation,
-                description=self._description,
-                last_entry=self._last_entry,
-                finished_entry=self._finished_entry,
-                step=self._step,
-                loss=self._loss,
-                reason=self._reason,
-                plan=self.summary,
-                created_at=self.created_at,
-                checkpoint=self._checkpoint,
-            )
+            status = coordinator_pb2.RunStatus()
+            status.CopyFrom(self._known)
+            status.generation = self.generation
+            status.plan.CopyFrom(self.summary)
+            return status

@@ -7,7 +7,6 @@ Leaves to others: the server around it (`gradwire_protocol.serving`), planning (
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 import uuid
@@ -16,16 +15,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import grpc
 import structlog
 
 from gradwire_coordinator.cost_book import CostBook
+from gradwire_coordinator.driving import drive, in_background
 from gradwire_coordinator.history import earlier_runs
 from gradwire_coordinator.identity import check_identity
 from gradwire_coordinator.layout import Layout, lay_out
 from gradwire_coordinator.link_rates import LinkBook
 from gradwire_coordinator.log import RunLog
-from gradwire_coordinator.metrics import Metrics, RunStanding
+from gradwire_coordinator.metrics import Metrics
 from gradwire_coordinator.model_checks import check_model, check_optimizer, check_plan
 from gradwire_coordinator.partition import check_stage_count
 from gradwire_coordinator.plan_summary import summarise
@@ -35,13 +34,14 @@ from gradwire_coordinator.replan import Basis
 from gradwire_coordinator.replanner import Replanner
 from gradwire_coordinator.run import Run
 from gradwire_coordinator.run_context import RunContext
+from gradwire_coordinator.run_table import KEPT_RUNS, RunTable
 from gradwire_coordinator.sharing import Sharing
 from gradwire_coordinator.stored import inspect
 from gradwire_coordinator.tensor.sharded_model import ShardedModel, shard_model
 from gradwire_coordinator.tensor_checks import check_whole_parameters, stage_servers
 from gradwire_coordinator.tensor_groups import make_units
 from gradwire_protocol.checkpoint.root import CheckpointRoot
-from gradwire_protocol.errors import FrameError, PlanError, RunNotFound, Unreachable
+from gradwire_protocol.errors import PlanError, Unreachable
 from gradwire_protocol.peer_roles import Peer
 from gradwire_protocol.v1 import coordinator_pb2 as pb
 from gradwire_protocol.v1 import coordinator_pb2_grpc, run_pb2
@@ -50,10 +50,6 @@ _log = structlog.get_logger(__name__)
 
 SWEEP_SECONDS = 1.0
 UNDRIVEN_SECONDS = 60.0
-# A client hears from its Drive stream at least this often.
-SIGN_SECONDS = 1.0
-# Of runs that are over, so many are shown.
-KEPT_RUNS = 50
 _FIRST_GENERATION = 1
 _LATE_SECONDS = 1.0
 # Of creating a run, where servers turn out not to answer.
@@ -93,14 +89,11 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
             on_result=self._on_result,
             on_finished=self._on_finished,
         )
-        self._lock = threading.Lock()
-        # In the order of creation.
-        self._runs: dict[str, Run] = {}
-        metrics.watch(self._standings)
         self._closed = threading.Event()
         for run in log.fail_unfinished("the coordinator ended while it ran"):
             _log.warning("run left open by an earlier coordinator", run=run)
-        self._earlier = earlier_runs(log, KEPT_RUNS)
+        self._runs = RunTable(earlier_runs(log, KEPT_RUNS))
+        metrics.watch(lambda: [run.standing() for run in self._runs.current() if not run.is_over])
         # From when on no run is taken in any more, and until when those that there are must have ended.
         self._stops_by: float | None = None
         self._sweeper = threading.Thread(target=self._sweep, name="sweeper", daemon=True)
@@ -109,18 +102,18 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
     def ask_to_stop(self, seconds: float) -> None:
         """Take in no more runs, and ask the clients of those that there are to end them within this time."""
         self._stops_by = time.monotonic() + seconds
-        for run in self._current():
+        for run in self._runs.current():
             run.ask_to_stop("the coordinator was asked to stop", seconds)
 
     @property
     def has_runs(self) -> bool:
         """Whether a run has not ended yet."""
-        return not all(run.is_over for run in self._current())
+        return not all(run.is_over for run in self._runs.current())
 
     def close(self) -> None:
         """End all runs and free their servers. Idempotent."""
         self._closed.set()
-        runs = self._current()
+        runs = self._runs.current()
         for run in runs:
             run.end("the coordinator stopped")
         for run in runs:
@@ -142,8 +135,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         self._registry.check_holder(request.server, _holder(context))
         leaving = request.HasField("leaves_in_seconds")
         server = self._registry.heartbeat(request.server, request.activity, leaving=leaving)
-        with self._lock:
-            run = self._runs.get(server.run)
+        run = self._runs.find(server.run)
         if leaving and run is not None:
             run.ask_to_stop(f"server {server.server} was asked to stop", request.leaves_in_seconds)
         return pb.HeartbeatReply()
@@ -224,8 +216,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         except BaseException:
             self._registry.release(name)
             raise
-        with self._lock:
-            self._runs[name] = run
+        self._runs.add(run)
         if self._stops_by is not None:
             # It was asked while this one was laid out.
             run.ask_to_stop("the coordinator was asked to stop", max(0.0, self._stops_by - time.monotonic()))
@@ -237,40 +228,22 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         first = next(requests, None)
         if first is None:
             return
-        run = self._run(first.run)
-        run.attach()
-
-        def gone() -> None:
-            # Called on gRPC's own thread, which must not wait.
-            if not run.is_over:
-                _in_background(partial(run.end, "its client went away"))
-
-        if not context.add_callback(gone):
-            gone()
-        _in_background(partial(_follow, run, itertools.chain([first], requests), context))
-        for result in run.results(SIGN_SECONDS):
-            if isinstance(result, run_pb2.SaveOutcome):
-                yield pb.DriveReply(saved=result)
-            elif isinstance(result, pb.StopRequest):
-                yield pb.DriveReply(stop=result)
-            else:
-                yield pb.DriveReply(result=result)
+        yield from drive(self._runs.get(first.run), first, requests, context)
 
     def Replan(self, request: pb.ReplanRequest, context: Any) -> pb.ReplanReply:
-        return self._replanner.replan(self._run(request.run), request.minimum_gain)
+        return self._replanner.replan(self._runs.get(request.run), request.minimum_gain)
 
     def EndRun(self, request: pb.EndRunRequest, context: Any) -> pb.EndRunReply:
-        self._run(request.run).end("it was ended on request")
+        self._runs.get(request.run).end("it was ended on request")
         return pb.EndRunReply()
 
     def BeginSave(self, request: pb.BeginSaveRequest, context: Any) -> pb.BeginSaveReply:
-        return pb.BeginSaveReply(token=self._run(request.run).begin_save(request))
+        return pb.BeginSaveReply(token=self._runs.get(request.run).begin_save(request))
 
     def InspectCheckpoint(self, request: pb.InspectCheckpointRequest, context: Any) -> pb.InspectCheckpointReply:
         return inspect(self._context.checkpoints, request.directory)
 
     def GetStatus(self, request: pb.GetStatusRequest, context: Any) -> pb.GetStatusReply:
-        current = [run.status() for run in reversed(self._current())]
         return pb.GetStatusReply(
             version=self._version,
             servers=[
@@ -286,20 +259,8 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
                 )
                 for server in self._registry.servers()
             ],
-            runs=[*current, *self._earlier][:KEPT_RUNS],
+            runs=self._runs.statuses(),
         )
-
-    def _current(self) -> list[Run]:
-        """Return the runs of this process, in the order of creation."""
-        with self._lock:
-            return list(self._runs.values())
-
-    def _run(self, name: str) -> Run:
-        with self._lock:
-            run = self._runs.get(name)
-        if run is None:
-            raise RunNotFound("There is no such run", got=repr(name[:80]), remedy="create a run first")
-        return run
 
     # What happens by itself.
 
@@ -317,21 +278,20 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
                 _log.warning("server lost", server=server.server, silent_seconds=round(silent, 1))
                 self._metrics.server_lost(server.role, "silent")
                 self._lost(server, f"no heartbeat for {silent:.1f} s")
-            for run in self._current():
+            for run in self._runs.current():
                 if run.undriven_seconds() > self._undriven_seconds:
-                    _in_background(partial(run.end, f"no client drove it for {self._undriven_seconds:.0f} s"))
+                    in_background(partial(run.end, f"no client drove it for {self._undriven_seconds:.0f} s"))
                 elif overdue := run.overdue():
-                    _in_background(partial(run.end, overdue))
+                    in_background(partial(run.end, overdue))
                 elif (stall := run.find_stall()) is not None:
-                    _in_background(partial(run.fail, stall))
+                    in_background(partial(run.fail, stall))
             self._count_servers()
 
     def _lost(self, server: Server, seen: str) -> None:
-        with self._lock:
-            run = self._runs.get(server.run)
+        run = self._runs.find(server.run)
         if run is not None:
             last_known = describe(server.activity, self._registry.silent_seconds(server))
-            _in_background(partial(run.server_lost, server.server, seen, last_known))
+            in_background(partial(run.server_lost, server.server, seen, last_known))
 
     def _on_lost(self, server: str) -> None:
         """Take out a server that does not answer; if it lives after all, its next heartbeat makes it register again."""
@@ -352,22 +312,14 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         self._replanner.forget(run.run)
         if run.failure is not None:
             self._metrics.run_failed(run.failure)
-        with self._lock:
-            over = [name for name, known in self._runs.items() if known.is_over]
-            for name in over[: max(0, len(over) - KEPT_RUNS)]:
-                del self._runs[name]
+        self._runs.prune()
         self._count_runs()
-
-    def _standings(self) -> list[RunStanding]:
-        return [run.standing() for run in self._current() if not run.is_over]
 
     def _count_servers(self) -> None:
         self._metrics.count_servers(server.role for server in self._registry.servers())
 
     def _count_runs(self) -> None:
-        with self._lock:
-            states = [run.state for run in self._runs.values()]
-        self._metrics.count_runs(states)
+        self._metrics.count_runs(run.state for run in self._runs.current())
 
 
 def _holder(context: Any) -> str:
@@ -386,28 +338,3 @@ def _checked(request: pb.CreateRunRequest) -> ShardedModel:
     cuts = sharded.indexed.train.usable_cuts(sharded.indexed.mutated)
     check_stage_count(request.plan.stages * request.plan.virtual_stages, cuts)
     return sharded
-
-
-def _follow(run: Run, requests: Iterator[pb.DriveRequest], context: Any) -> None:
-    """Submit a client's entries until its stream ends; then the run ends too."""
-    try:
-        for request in requests:
-            if request.run != run.run:
-                raise FrameError(
-                    "All messages of a stream name the same run", expected=run.run, got=repr(request.run[:80])
-                )
-            run.submit(request.entry)
-    except grpc.RpcError:
-        run.end("its client's stream broke")
-    except Exception as error:  # noqa: BLE001  # whatever it is, the client gets it as the end of its stream
-        run.fail(error)
-    else:
-        # gRPC ends the requests of a broken stream, too.
-        if context.is_active():
-            run.drain()
-        else:
-            run.end("its client went away")
-
-
-def _in_background(work: Callable[[], None]) -> None:
-    threading.Thread(target=work, daemon=True).start()
