@@ -112,6 +112,23 @@ def test_a_job_that_is_stopped_says_how_to_go_on(commands: Commands, services: S
     assert json.loads(out.splitlines()[-1])["steps"] == 30
 
 
+def test_a_job_waits_for_servers_if_it_is_told_to(commands: Commands, tmp_path: Path) -> None:
+    folder = tmp_path / "services"
+    folder.mkdir()
+    with Services(folder, stages=1) as services:
+        services.connect(1).close()
+        few = [*flags(services, "job"), "--steps", "2", "--save-every", "2"]
+        code, _, err = commands.run("train", *few)
+        assert code == 2
+        assert "There are fewer stage servers than the plan takes" in err
+        process = commands.start("train", *few, "--wait-seconds", "60")
+        assert process.stdout is not None
+        assert process.stdout.readline() == "waiting for 2 stage servers …\n"
+        services.stages.append(services.start_stage())
+        _, err = process.communicate()
+        assert process.returncode == 0, err
+
+
 def status(*servers: tuple[coordinator_pb2.ServerRole, str]) -> coordinator_pb2.GetStatusReply:
     return coordinator_pb2.GetStatusReply(
         servers=[coordinator_pb2.ServerStatus(role=role, activity=stage_pb2.Activity(run=run)) for role, run in servers]

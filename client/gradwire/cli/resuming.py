@@ -43,6 +43,12 @@ class Needs:
     stage_servers: int
     parameter_servers: int
 
+    def __str__(self) -> str:
+        parts = [f"{self.stage_servers} stage servers"]
+        if self.parameter_servers:
+            parts.append(f"{self.parameter_servers} parameter servers")
+        return " and ".join(parts)
+
     def met_by(self, status: coordinator_pb2.GetStatusReply) -> bool:
         """Whether so many are free, and not about to leave."""
         free = Counter(server.role for server in status.servers if not server.activity.run)
@@ -97,26 +103,29 @@ class Resuming:
                     raise
                 reached = step
                 self._note(f"{error} Waiting for the cluster, to go on after step {step} …")
-                if not self._wait():
+                if not wait_for_cluster(self._connect, self._needs, self._seconds, lambda: self._stopped):
                     raise
                 resume, passing = True, LOST + _TOO_EARLY
 
-    def _wait(self) -> bool:
-        """Return whether the cluster has what the job takes, within the time."""
-        deadline = time.monotonic() + self._seconds
-        delay = _FIRST_RETRY_SECONDS
-        while time.monotonic() < deadline:
-            try:
-                with self._connect() as cluster:
-                    if self._needs.met_by(cluster.status()):
-                        return True
-            except Unreachable:
-                pass  # not back yet
-            # Jitter: clients that lost one coordinator do not come back all at once.
-            again = time.monotonic() + delay * random.uniform(0.5, 1.0)
-            while time.monotonic() < min(again, deadline):
-                if self._stopped:
-                    return False
-                time.sleep(_LOOK_SECONDS)
-            delay = min(2 * delay, _LONGEST_RETRY_SECONDS)
-        return False
+
+def wait_for_cluster(
+    connect: Callable[[], Cluster], needs: Needs, seconds: float, is_stopped: Callable[[], bool] = lambda: False
+) -> bool:
+    """Return whether the cluster has what a job takes, within the time. connect: raises Unreachable before that."""
+    deadline = time.monotonic() + seconds
+    delay = _FIRST_RETRY_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            with connect() as cluster:
+                if needs.met_by(cluster.status()):
+                    return True
+        except Unreachable:
+            pass  # not there yet
+        # Jitter: clients that lost one coordinator do not come back all at once.
+        again = time.monotonic() + delay * random.uniform(0.5, 1.0)
+        while time.monotonic() < min(again, deadline):
+            if is_stopped():
+                return False
+            time.sleep(_LOOK_SECONDS)
+        delay = min(2 * delay, _LONGEST_RETRY_SECONDS)
+    return False

@@ -12,7 +12,7 @@ import typer
 from gradwire.cli.flags import with_flags
 from gradwire.cli.interrupts import asking_first
 from gradwire.cli.reporters import BarReporter, JsonReporter, LineReporter
-from gradwire.cli.resuming import LOST, Needs, Resuming
+from gradwire.cli.resuming import LOST, Needs, Resuming, wait_for_cluster
 from gradwire.cluster import Cluster, connect
 from gradwire.collector import collector_paused
 from gradwire.job.files import text_files
@@ -88,6 +88,10 @@ def _train_there(
         return connect(coordinator, tls, insecure=settings.insecure)
 
     needs = Needs(stage_servers=servers_of(settings), parameter_servers=parameter_servers_of(settings))
+    if settings.wait_seconds:
+        reporter.note(f"waiting for {needs} …")
+        wait_for_cluster(open_cluster, needs, settings.wait_seconds)
+    # Whether or not they have come: this says what is missing.
     with open_cluster() as cluster:
         _check_servers(cluster, needs.stage_servers)
     directory = resumed or RunDirectory.create(settings.out)

@@ -77,6 +77,11 @@ class JobSettings(Settings):
     validation_windows: int = Field(ge=1, description="Windows of held-out text a validation")
     save_every: int | None = Field(None, ge=1, description="Steps between checkpoints [default: no checkpoints]")
     keep_checkpoints: int = Field(3, ge=1, description="Newest checkpoints to keep")
+    wait_seconds: float = Field(
+        0.0,
+        ge=0,
+        description="How long to wait, at the start, until the cluster at --coordinator has the servers",
+    )
     reconnect_seconds: float = Field(
         120.0,
         ge=0,
