@@ -39,6 +39,10 @@ class Dispatcher:
         self._microbatches = microbatches
         self._shares = tuple(shares)
 
+    def deal_by(self, shares: Sequence[float]) -> None:
+        """Deal micro-batches out to replicas by these shares from now on."""
+        self._shares = tuple(shares)
+
     def send(
         self, batch: Batch, graph: graph_pb2.GraphKind, make_entry: Callable[[list[run_pb2.MicroBatch]], run_pb2.Entry]
     ) -> Dispatched:

@@ -29,7 +29,7 @@ from gradwire.graph.dynamic import Dynamic
 from gradwire.measured_steps import MeasuredSteps
 from gradwire.plan import Plan
 from gradwire.progress import is_terminal, with_progress
-from gradwire.replanning import MINIMUM_GAIN, Replan, check_minimum_gain, refuse_tensor, replan
+from gradwire.replanning import MINIMUM_GAIN, Replan, check_minimum_gain, count_moved, refuse_tensor, replan
 from gradwire.report import Report, make_report
 from gradwire.results import StepResult, step_result
 from gradwire.run_plan import RunPlan
@@ -286,22 +286,25 @@ class Trainer:
         moves from one to another where it must: training goes on as if nothing had happened, on the same servers. Cuts
         that the plan gave do not hold any more. minimum_gain: the share of a step that must be expected to be saved;
         otherwise nothing changes. PlanError if no step was measured: the first one of a layout warms up, and does not
-        count; and with several replicas, or several servers a stage (tensor), which this version does not plan anew.
-        Whatever fails while the state moves ends the run.
+        count; and with several servers a stage (tensor), local steps or parameter servers, which this version does not
+        plan anew. With replicas, which then get their shares of the micro-batches anew too, the state goes through a
+        checkpoint in this machine's temporary directory. Whatever fails while the state moves ends the run.
         """
         check_minimum_gain(minimum_gain)
         refuse_tensor(self._plan.tensor)
         self._checkpoints.settle()
         self._checkpoints.report()
-        reply = replan(self._session, minimum_gain)
+        before = self._session.servers
+        reply = replan(self._session, minimum_gain, self.save, self.load)
         if reply.moved:
             self._layout = reply.layout
+            self._dispatcher.deal_by(reply.layout.plan.replica_shares)
             self._measured.begin_anew()
         return Replan(
             moved=reply.moved,
             seconds_before=reply.seconds_before,
             seconds_after=reply.seconds_after,
-            tensors=len(reply.new_plan.moves),
+            tensors=count_moved(before, self._session.servers),
             plan=self.plan,
         )
 

@@ -45,6 +45,8 @@ class EntryRules:
         self._last_step = 0
         # What must come next, where another layout has taken over.
         self._announced: run_pb2.NewPlan | None = None
+        # Whether the state is yet to be loaded: at the beginning, and where another layout has none.
+        self._empty = True
 
     def begin_generation(self, generation: int, announced: run_pb2.NewPlan) -> None:
         """Another layout has taken over: entries are of this generation from now on, and this is the first of them."""
@@ -77,16 +79,17 @@ class EntryRules:
 
     def _check_kind(self, entry: run_pb2.Entry) -> None:
         kind = entry.WhichOneof("kind")
-        if entry.number == 1 and kind != "load_state":
-            raise FrameError(
-                "A run loads its state first",
-                expected="LoadState as entry 1",
-                got=f"{kind} as entry {entry.number}",
-            )
         if kind == "new_plan" or self._announced is not None:
             self._check_new_plan(entry)
+        elif self._empty and kind != "load_state":
+            raise FrameError(
+                "A run loads its state first",
+                expected=f"LoadState as entry {entry.number}",
+                got=f"{kind} as entry {entry.number}",
+            )
         elif kind == "load_state":
             self._check_load(entry.load_state)
+            self._empty = False
         elif kind == "train_step":
             self._check_step(entry.train_step)
         elif kind == "evaluate":
@@ -112,6 +115,7 @@ class EntryRules:
                 got=f"{entry.WhichOneof('kind')} as entry {entry.number}",
             )
         self._announced = None
+        self._empty = entry.new_plan.reloads
 
     def _check_load(self, load: run_pb2.LoadState) -> None:
         _check_weights(load)

@@ -51,6 +51,8 @@ class PlannedRun:
     units: Sequence[Unit]
     # Of what shards and replicas add up.
     transport: Transport
+    # Of the units: what was known of them.
+    known: Servers
     # Of each replica: its share of a step's micro-batches; and how many one of them is expected to take, at most.
     shares: Sequence[float]
     micro_batches: int
@@ -144,19 +146,21 @@ def plan_run(
 
     All replicas get the same ones: those of a pipeline that is nowhere faster than its slowest replica.
     """
-    groups = replica_groups(request.plan, known.costs, known.memory_bytes)
+    groups = replica_groups(request.plan, known.costs, known.memory_bytes, as_given=known.order_is_fixed)
     plan = pipeline_plan(request.plan)
     ways = possible_ways(plan, request.optimizer, sharded, joint_servers(groups, known))
     # A batch may have fewer rows than the plan has micro-batches.
     micro_batches = min(plan.micro_batches, plan.expected_rows)
     choice = choose(plan.schedule, [each.way for each in ways], micro_batches)
     cut = next(each for each in ways if each.way is choice.chosen.way)
+    order = [group[device] for group in groups for device in cut.devices]
     replicas = [[units[group[device]] for device in cut.devices] for group in groups]
     prediction = predict(choice, replicas, cut.state, cut.servers.links, micro_batches, _source(known.costs), cut.gap)
     schedule = _schedule(choice)
     return PlannedRun(
         sharded=sharded,
-        units=[unit for replica in replicas for unit in replica],
+        units=[units[index] for index in order],
+        known=known.ordered(order),
         transport=choose_transport(request.plan, cut.sharing, replicas),
         shares=_shares(request.plan, groups, known, cut, schedule),
         micro_batches=micro_batches,

@@ -9,6 +9,7 @@ Leaves to others: collecting the measurements and carrying the new plan out (`re
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from gradwire_coordinator.costs import MEASURED, NodeCosts
 from gradwire_coordinator.layout import Layout
 from gradwire_coordinator.planner import PlannedRun, plan_run
 from gradwire_coordinator.ways import Servers
+from gradwire_protocol.dealing import deal
 from gradwire_protocol.errors import PlanError
 from gradwire_protocol.program import BACKWARD, FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
 from gradwire_protocol.v1 import coordinator_pb2 as pb
@@ -79,11 +81,12 @@ class NewLayout:
 
 def plan_anew(basis: Basis) -> NewLayout:
     """Return the best layout on the same servers, with cuts where they are best. PlanError if nothing was measured."""
-    if basis.request.plan.replicas > 1:
+    exchange = basis.planned.cut.sharing.exchange
+    if basis.request.plan.replicas > 1 and (exchange.is_local or exchange.has_servers):
         raise PlanError(
-            "A run with several replicas cannot be planned anew by this version",
-            expected="1 replica",
-            got=f"{basis.request.plan.replicas} replicas; the run goes on as it is laid out",
+            "A run whose replicas do not agree in every step, or by parameter servers, cannot be planned anew",
+            expected='replicas with exchange="ring"',
+            got=f"exchange={basis.request.plan.exchange!r}; the run goes on as it is laid out",
             remedy="save a checkpoint, and load it into a new run, which is planned from the present speeds",
         )
     if basis.request.plan.tensor > 1:
@@ -105,12 +108,36 @@ def plan_anew(basis: Basis) -> NewLayout:
     free = _changed(basis.request, (), basis.request.plan.schedule)
     before = plan_run(present, planned.sharded, planned.units, known)
     after = plan_run(free, planned.sharded, planned.units, known)
+    plan = basis.request.plan
     return NewLayout(
         planned=after,
-        seconds_before=before.prediction.seconds,
+        seconds_before=before.prediction.seconds * _detour(plan, planned.shares, before.shares),
         seconds_after=after.prediction.seconds,
-        differs=_identity(after) != _identity(planned),
+        differs=_identity(plan, after) != _identity(plan, planned),
     )
+
+
+def _dealt(plan: run_pb2.Plan, shares: Sequence[float]) -> list[int]:
+    """Return the replica of each micro-batch of a step."""
+    return deal(min(plan.micro_batches, plan.expected_rows), shares)
+
+
+def _detour(plan: run_pb2.Plan, shares: Sequence[float], speeds: Sequence[float]) -> float:
+    """Return by how much longer a step takes whose micro-batches are dealt out by these shares, and not by speed.
+
+    speeds: of the replicas, adding up to 1.
+    """
+
+    def seconds(shares: Sequence[float]) -> float:
+        counts = Counter(_dealt(plan, shares))
+        return max(counts[replica] / speed for replica, speed in enumerate(speeds))
+
+    return max(1.0, seconds(shares) / seconds(speeds))
+
+
+def reload_plan(planned: PlannedRun) -> run_pb2.NewPlan:
+    """Return the entry of a layout that gets its state from a checkpoint."""
+    return _entry(planned, reloads=True)
 
 
 def new_plan(
@@ -136,19 +163,24 @@ def new_plan(
                     states=states.get((source, tensor), ()),
                 )
             )
+    return _entry(planned, moves=moves)
+
+
+def _entry(planned: PlannedRun, *, moves: Sequence[run_pb2.Move] = (), reloads: bool = False) -> run_pb2.NewPlan:
     return run_pb2.NewPlan(
-        servers=[server.server for server in after.servers],
+        servers=[server.server for server in planned.servers],
         cuts=planned.cut.way.cuts,
         placement=planned.schedule.placement,
         schedule=planned.schedule.name,
         extra_warm_up=planned.schedule.extra_warm_up,
         moves=moves,
+        reloads=reloads,
     )
 
 
-def _identity(planned: PlannedRun) -> tuple[object, ...]:
-    """What makes state move if it changes."""
-    return planned.cut.way.cuts, planned.schedule.placement
+def _identity(plan: run_pb2.Plan, planned: PlannedRun) -> tuple[object, ...]:
+    """What makes it another layout if it changes: where state is, and which replica takes which micro-batch."""
+    return planned.cut.way.cuts, planned.schedule.placement, _dealt(plan, planned.shares)
 
 
 def _changed(request: pb.CreateRunRequest, cuts: Sequence[int], schedule: str) -> pb.CreateRunRequest:
@@ -160,11 +192,14 @@ def _changed(request: pb.CreateRunRequest, cuts: Sequence[int], schedule: str) -
 
 
 def _as_measured(basis: Basis) -> Servers:
-    """Return what is known of the servers, with their costs multiplied by how much longer their steps took."""
+    """Return what is known of the servers, with their costs multiplied by how much longer their steps took.
+
+    Of the units in their order: position by position, one replica after the other.
+    """
     predicted = _predicted(basis)
     measured = [
-        Work(*(median(step[position][part] for step in basis.steps) for part in range(len(Work._fields))))
-        for position in range(len(predicted))
+        Work(*(median(step[unit][part] for step in basis.steps) for part in range(len(Work._fields))))
+        for unit in range(len(predicted))
     ]
     if basis.request.plan.recompute:
         # Forwards that are run again count as forward where measured, and as backward where predicted.
@@ -178,26 +213,29 @@ def _as_measured(basis: Basis) -> Servers:
                 strict=True,
             )
         ]
-    servers = basis.planned.cut.servers
-    costs = [_scaled(known, own) for known, own in zip(servers.costs, factors, strict=True)]
+    cut = basis.planned.cut
+    costs = [_scaled(known, own) for known, own in zip(itertools.cycle(cut.servers.costs), factors, strict=False)]
+    servers = cut.servers if basis.request.plan.replicas == 1 else basis.planned.known
     return dataclasses.replace(servers, costs=costs, order_is_fixed=True)
 
 
 def _predicted(basis: Basis) -> list[Work]:
-    """Return what a step was to take each server, without transfers."""
-    plan, cut = basis.request.plan, basis.planned.cut
-    found = []
-    for program in basis.planned.schedule.programs(min(plan.micro_batches, plan.expected_rows)):
-        counts = Counter((action.stage, action.kind) for action in program)
-        forward = backward = 0.0
-        for (stage, kind), count in counts.items():
-            if kind == FORWARD:
-                forward += count * cut.seconds[stage].forward
-            elif kind == BACKWARD:
-                backward += count * cut.seconds[stage].backward
-            elif kind in (INPUT_GRADIENT, WEIGHT_GRADIENT):
-                backward += count * cut.seconds[stage].of[kind]
-        found.append(Work(forward, backward))
+    """Return what a step was to take each unit, without transfers: of each replica for its share of micro-batches."""
+    planned, found = basis.planned, []
+    counts_of = Counter(_dealt(basis.request.plan, planned.shares))
+    for replica in range(len(planned.shares)):
+        for program in planned.schedule.programs(counts_of[replica]):
+            counts = Counter((action.stage, action.kind) for action in program)
+            forward = backward = 0.0
+            for (stage, kind), count in counts.items():
+                seconds = planned.cut.seconds[stage]
+                if kind == FORWARD:
+                    forward += count * seconds.forward
+                elif kind == BACKWARD:
+                    backward += count * seconds.backward
+                elif kind in (INPUT_GRADIENT, WEIGHT_GRADIENT):
+                    backward += count * seconds.of[kind]
+            found.append(Work(forward, backward))
     return found
 
 

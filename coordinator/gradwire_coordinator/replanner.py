@@ -10,7 +10,7 @@ import math
 import structlog
 
 from gradwire_coordinator.layout import lay_out
-from gradwire_coordinator.replan import Basis, new_plan, plan_anew
+from gradwire_coordinator.replan import Basis, new_plan, plan_anew, reload_plan
 from gradwire_coordinator.run import Run
 from gradwire_protocol.errors import PlanError, RunNotFound
 from gradwire_protocol.v1 import coordinator_pb2 as pb
@@ -39,9 +39,10 @@ class Replanner:
         """The run is over."""
         self._bases.pop(run, None)
 
-    def replan(self, run: Run, minimum_gain: float) -> pb.ReplanReply:
+    def replan(self, run: Run, minimum_gain: float, *, reloads: bool = False) -> pb.ReplanReply:
         """Plan a run anew, and have another layout take it over if that pays.
 
+        reloads: the client can load the state into it. With replicas it must, since the state is spread over them.
         PlanError and the like before anything has changed; a failure after that is the run's end, too.
         """
         if not (math.isfinite(minimum_gain) and 0 <= minimum_gain < 1):
@@ -54,11 +55,15 @@ class Replanner:
             reply = pb.ReplanReply(seconds_before=found.seconds_before, seconds_after=found.seconds_after)
             if not found.pays(minimum_gain):
                 return reply
+            moves = basis.request.plan.replicas == 1
+            if not moves and not reloads:
+                reply.needs_reload = True
+                return reply
             layout = lay_out(run.run, run.generation + 1, basis.request, found.planned)
             for server in layout.prepare:
-                server.takes_over = True
+                server.takes_over = moves
             replies = run.switch(run.generation + 1, layout)
-            entry = new_plan(found.planned, basis.layout, layout, replies)
+            entry = new_plan(found.planned, basis.layout, layout, replies) if moves else reload_plan(found.planned)
             run.expect(entry)
             self.keep(run.run, Basis(basis.request, found.planned, layout))
         _log.info(

@@ -33,16 +33,18 @@ from gradwire_protocol.v1 import run_pb2
 Groups = tuple[tuple[int, ...], ...]
 
 
-def replica_groups(plan: run_pb2.Plan, costs: Sequence[NodeCosts], memory_bytes: Sequence[int]) -> Groups:
+def replica_groups(
+    plan: run_pb2.Plan, costs: Sequence[NodeCosts], memory_bytes: Sequence[int], *, as_given: bool = False
+) -> Groups:
     """Return which servers make up which replica, so that unlike ones are alike at each position, as far as they are.
 
-    They are dealt out by speed, and then by memory. In the order given where all are alike, the plan has cuts, or there
-    is one replica.
+    They are dealt out by speed, and then by memory. In the order given where all are alike, the plan has cuts, there is
+    one replica, or it is asked for.
     """
     stages, replicas = plan.stages, plan.replicas
     speed = [(float(each.seconds().sum()), -memory) for each, memory in zip(costs, memory_bytes, strict=True)]
     servers = range(stages * replicas)
-    if replicas == 1 or plan.cuts or len(set(speed)) == 1:
+    if as_given or replicas == 1 or plan.cuts or len(set(speed)) == 1:
         return tuple(tuple(servers[replica * stages : (replica + 1) * stages]) for replica in range(replicas))
     dealt = sorted(servers, key=speed.__getitem__)
     return tuple(tuple(dealt[replica::replicas]) for replica in range(replicas))

@@ -231,7 +231,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         yield from drive(self._runs.get(first.run), first, requests, context)
 
     def Replan(self, request: pb.ReplanRequest, context: Any) -> pb.ReplanReply:
-        return self._replanner.replan(self._runs.get(request.run), request.minimum_gain)
+        return self._replanner.replan(self._runs.get(request.run), request.minimum_gain, reloads=request.reloads)
 
     def EndRun(self, request: pb.EndRunRequest, context: Any) -> pb.EndRunReply:
         self._runs.get(request.run).end("it was ended on request")

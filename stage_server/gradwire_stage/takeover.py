@@ -26,7 +26,12 @@ from gradwire_stage.timeline import Timeline
 
 
 def take_over(run: RunState, timeline: Timeline[Any], entry: int, new_plan: run_pb2.NewPlan) -> None:
-    """Do the moves of a NewPlan entry, and give the optimizer its state. FrameError if a tensor comes from nowhere."""
+    """Do the moves of a NewPlan entry, if it has some, and give the optimizer its state.
+
+    FrameError if a tensor comes from nowhere.
+    """
+    if new_plan.reloads:
+        return  # the LoadState that follows brings everything
     kept = run.kept
     if kept is None:
         raise FrameError("There is no state to take over", expected="a generation prepared for it", got="none")

@@ -101,3 +101,10 @@ def _start_stage_server(
     stack.callback(stage_service.release_all, "the test is over")
     stack.callback(membership.stop)
     return stage_service
+
+
+class Rig:
+    """A cluster in this process, its services, and the directory of its coordinator's log."""
+
+    def __init__(self, cluster: Cluster, services: list[StageService], directory: Path) -> None:
+        self.cluster, self.services, self.directory = cluster, services, directory

@@ -24,7 +24,7 @@ def process_of(cluster: gradwire.LocalCluster, name: str) -> psutil.Process:
     return found
 
 
-def wait_until_free(cluster: gradwire.LocalCluster, *, but: str = "") -> None:
+def wait_until_free(cluster: gradwire.Cluster, *, but: str = "") -> None:
     """Wait until no server holds a run any more, but for one that cannot say so."""
     deadline = time.monotonic() + 15
     while held := [each.server for each in cluster.status().servers if each.activity.run and each.server != but]:

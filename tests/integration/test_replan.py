@@ -5,9 +5,7 @@ Where time matters, servers take half a millisecond for each node, or more, so t
 
 from __future__ import annotations
 
-import dataclasses
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checkpoint_subject import adamw, make_batches, make_model
-from cluster_in_process import cluster_in_process
+from cluster_in_process import Rig, cluster_in_process
 from equivalence_subject import (
     KINDS,
     OPTIMIZERS,
@@ -26,71 +24,15 @@ from equivalence_subject import (
     kept_model,
     one_process,
 )
-from kept_exports import keep_exports
 
 import gradwire
 from gradwire_coordinator.log import RunLog
-from gradwire_coordinator.replan import Basis, NewLayout
-from gradwire_coordinator.ways import Servers
 from gradwire_protocol.errors import GradwireError, PlanError, SettingsError, StageFailed
-from gradwire_protocol.v1 import stage_pb2
 from gradwire_stage.run_state import RunState
 from gradwire_stage.service import StageService
 
-NODE_SECONDS = 0.0005
-
-
-@pytest.fixture(scope="module", autouse=True)
-def export_once() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        keep_exports(patch)
-        yield
-
-
-@pytest.fixture
-def pace(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """How many half milliseconds a node's forward takes, by server; 1 where nothing is said."""
-    factors: dict[str, float] = {}
-    make = RunState.__init__
-
-    def make_slow(run: RunState, request: stage_pb2.PrepareRequest, **settings: Any) -> None:
-        make(run, request, **settings)
-        for segment in request.segments:
-            built = run.segments[segment.graph, segment.stage]
-            seconds = len(segment.nodes) * NODE_SECONDS * factors.get(run.server, 1.0)
-            built.forward = _slowly(built.forward, seconds)  # type: ignore[method-assign]
-
-    monkeypatch.setattr(RunState, "__init__", make_slow)
-    return factors
-
-
-def _slowly(forward: Callable[..., Any], seconds: float) -> Callable[..., Any]:
-    def slow(*arguments: Any, **settings: Any) -> Any:
-        time.sleep(seconds)
-        return forward(*arguments, **settings)
-
-    return slow
-
-
-@pytest.fixture
-def as_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps take what was predicted, whatever else this machine does: the model alone decides on cuts."""
-
-    def known(basis: Basis) -> Servers:
-        return dataclasses.replace(basis.planned.cut.servers, order_is_fixed=True)
-
-    monkeypatch.setattr("gradwire_coordinator.replan._as_measured", known)
-
-
-@pytest.fixture
-def whatever_it_gains(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another layout is taken even if no time is saved: by models as small as these there is none to save."""
-    monkeypatch.setattr(NewLayout, "pays", lambda layout, minimum_gain: layout.differs)
-
-
-class Rig:
-    def __init__(self, cluster: gradwire.Cluster, services: list[StageService], directory: Path) -> None:
-        self.cluster, self.services, self.directory = cluster, services, directory
+pytest_plugins = ("replan_rig",)
+pytestmark = pytest.mark.usefixtures("export_once")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from gradwire_coordinator.layout import lay_out
 from gradwire_coordinator.model_checks import check_model
 from gradwire_coordinator.planner import PlannedRun, plan_run
 from gradwire_coordinator.registry import Server
-from gradwire_coordinator.replan import Basis, new_plan, plan_anew
+from gradwire_coordinator.replan import Basis, new_plan, plan_anew, reload_plan
 from gradwire_coordinator.tensor.sharded_model import shard_model
 from gradwire_coordinator.ways import Servers
 from gradwire_protocol.errors import FrameError, PlanError, StaleGeneration
@@ -159,6 +160,58 @@ def test_moves_name_what_a_server_did_not_have_and_who_had_it() -> None:
     assert list(moved["W4"].states) == []
 
 
+def of_replicas(factors: tuple[float, float]) -> Basis:
+    """Two replicas of one stage, after some steps in which they were so many times slower than predicted."""
+    asked = pb.CreateRunRequest()
+    asked.CopyFrom(basis().request)
+    asked.plan.stages, asked.plan.replicas = 1, 2
+    each = np.full(NODES + 1, 1e-3)
+    costs = NodeCosts(2, each, each, each, np.full(NODES + 1, 100), ESTIMATED)
+    known = Servers(rates=[Rates(1e9, 1e9)] * 2, memory_bytes=[0] * 2, costs=[costs] * 2, links={})
+    model = shard_model(check_model(asked.model), asked.plan)
+    planned = plan_run(asked, model, [(server(position),) for position in range(2)], known)
+    assert list(planned.shares) == [0.5, 0.5]
+    made = Basis(asked, planned, lay_out("r", 1, asked, planned))
+    for _ in range(4):
+        found = run_pb2.EntryResult()
+        for name, factor in zip(("stage-0", "stage-1"), factors, strict=True):
+            seconds = factor * MICRO_BATCHES / 2
+            stage = planned.cut.seconds[0]
+            busy = {"forward": seconds * stage.forward, "backward": seconds * stage.backward}
+            found.timings[name].CopyFrom(run_pb2.Timing(busy_seconds=busy))
+        made.take(STEP, found)
+    return made
+
+
+def test_a_slower_replica_gets_fewer_micro_batches() -> None:
+    made = of_replicas((1.0, 3.0))
+    found = plan_anew(made)
+    assert found.planned.shares == pytest.approx([0.75, 0.25], abs=0.05)
+    assert found.differs
+    # Of four micro-batches two took the slow one six units of time; three and one take about three, side by side.
+    assert found.seconds_before == pytest.approx(2 * found.seconds_after, rel=0.15)
+    assert [each.server for each in found.planned.servers] == ["stage-0", "stage-1"]
+    entry = reload_plan(found.planned)
+    assert entry.reloads
+    assert not entry.moves
+
+
+def test_replicas_that_differ_by_less_than_a_micro_batch_stay_as_they_are() -> None:
+    found = plan_anew(of_replicas((1.0, 1.1)))
+    assert not found.differs
+    assert not found.pays(0.0)
+
+
+def test_replicas_that_do_not_agree_in_every_step_are_not_planned_anew() -> None:
+    made = of_replicas((1.0, 1.0))
+    exchange = made.planned.cut.sharing.exchange
+    for other in ("local", "parameter-server"):
+        sharing = dataclasses.replace(made.planned.cut.sharing, exchange=dataclasses.replace(exchange, name=other))
+        cut = dataclasses.replace(made.planned.cut, sharing=sharing)
+        with pytest.raises(PlanError, match="cannot be planned anew"):
+            plan_anew(Basis(made.request, dataclasses.replace(made.planned, cut=cut), made.layout, made.steps))
+
+
 def rules() -> EntryRules:
     made = EntryRules(generation=1, plan=run_pb2.Plan(window=2, micro_batches=1), groups=[], has_predict=True)
     made.check(run_pb2.Entry(number=1, generation=1, load_state=run_pb2.LoadState()), 0)
@@ -173,6 +226,17 @@ def test_a_new_plan_is_the_first_entry_of_its_generation() -> None:
     made.begin_generation(2, ANNOUNCED)
     made.check(run_pb2.Entry(number=2, generation=2, new_plan=ANNOUNCED), 0)
     made.check(run_pb2.Entry(number=3, generation=2, fetch_state=run_pb2.FetchState()), 0)
+
+
+def test_a_layout_without_state_loads_it_first() -> None:
+    made = rules()
+    plan = run_pb2.NewPlan(cuts=[3], schedule="1f1b", reloads=True)
+    made.begin_generation(2, plan)
+    made.check(run_pb2.Entry(number=2, generation=2, new_plan=plan), 0)
+    with pytest.raises(FrameError, match="loads its state first"):
+        made.check(run_pb2.Entry(number=3, generation=2, fetch_state=run_pb2.FetchState()), 0)
+    made.check(run_pb2.Entry(number=3, generation=2, load_state=run_pb2.LoadState()), 0)
+    made.check(run_pb2.Entry(number=4, generation=2, fetch_state=run_pb2.FetchState()), 0)
 
 
 def test_other_entries_are_refused_then_and_a_new_plan_at_any_other_time() -> None:

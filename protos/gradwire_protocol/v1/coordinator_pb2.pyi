@@ -440,26 +440,30 @@ class InspectCheckpointReply(_message.Message):
     def __init__(self, manifest: _Optional[str] = ..., manifest_sha256: _Optional[str] = ..., model: _Optional[_Iterable[_Union[CheckpointTensor, _Mapping]]] = ..., optimizer: _Optional[_Iterable[_Union[CheckpointTensor, _Mapping]]] = ...) -> None: ...
 
 class ReplanRequest(_message.Message):
-    __slots__ = ("run", "minimum_gain")
+    __slots__ = ("run", "minimum_gain", "reloads")
     RUN_FIELD_NUMBER: _ClassVar[int]
     MINIMUM_GAIN_FIELD_NUMBER: _ClassVar[int]
+    RELOADS_FIELD_NUMBER: _ClassVar[int]
     run: str
     minimum_gain: float
-    def __init__(self, run: _Optional[str] = ..., minimum_gain: _Optional[float] = ...) -> None: ...
+    reloads: bool
+    def __init__(self, run: _Optional[str] = ..., minimum_gain: _Optional[float] = ..., reloads: bool = ...) -> None: ...
 
 class ReplanReply(_message.Message):
-    __slots__ = ("moved", "seconds_before", "seconds_after", "layout", "new_plan")
+    __slots__ = ("moved", "seconds_before", "seconds_after", "layout", "new_plan", "needs_reload")
     MOVED_FIELD_NUMBER: _ClassVar[int]
     SECONDS_BEFORE_FIELD_NUMBER: _ClassVar[int]
     SECONDS_AFTER_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     NEW_PLAN_FIELD_NUMBER: _ClassVar[int]
+    NEEDS_RELOAD_FIELD_NUMBER: _ClassVar[int]
     moved: bool
     seconds_before: float
     seconds_after: float
     layout: CreateRunReply
     new_plan: _run_pb2.NewPlan
-    def __init__(self, moved: bool = ..., seconds_before: _Optional[float] = ..., seconds_after: _Optional[float] = ..., layout: _Optional[_Union[CreateRunReply, _Mapping]] = ..., new_plan: _Optional[_Union[_run_pb2.NewPlan, _Mapping]] = ...) -> None: ...
+    needs_reload: bool
+    def __init__(self, moved: bool = ..., seconds_before: _Optional[float] = ..., seconds_after: _Optional[float] = ..., layout: _Optional[_Union[CreateRunReply, _Mapping]] = ..., new_plan: _Optional[_Union[_run_pb2.NewPlan, _Mapping]] = ..., needs_reload: bool = ...) -> None: ...
 
 class EndRunRequest(_message.Message):
     __slots__ = ("run",)

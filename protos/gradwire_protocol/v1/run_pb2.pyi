@@ -248,20 +248,22 @@ class Move(_message.Message):
     def __init__(self, tensor: _Optional[str] = ..., from_server: _Optional[str] = ..., to_server: _Optional[str] = ..., states: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class NewPlan(_message.Message):
-    __slots__ = ("servers", "cuts", "placement", "schedule", "extra_warm_up", "moves")
+    __slots__ = ("servers", "cuts", "placement", "schedule", "extra_warm_up", "moves", "reloads")
     SERVERS_FIELD_NUMBER: _ClassVar[int]
     CUTS_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     SCHEDULE_FIELD_NUMBER: _ClassVar[int]
     EXTRA_WARM_UP_FIELD_NUMBER: _ClassVar[int]
     MOVES_FIELD_NUMBER: _ClassVar[int]
+    RELOADS_FIELD_NUMBER: _ClassVar[int]
     servers: _containers.RepeatedScalarFieldContainer[str]
     cuts: _containers.RepeatedScalarFieldContainer[int]
     placement: _containers.RepeatedScalarFieldContainer[int]
     schedule: str
     extra_warm_up: int
     moves: _containers.RepeatedCompositeFieldContainer[Move]
-    def __init__(self, servers: _Optional[_Iterable[str]] = ..., cuts: _Optional[_Iterable[int]] = ..., placement: _Optional[_Iterable[int]] = ..., schedule: _Optional[str] = ..., extra_warm_up: _Optional[int] = ..., moves: _Optional[_Iterable[_Union[Move, _Mapping]]] = ...) -> None: ...
+    reloads: bool
+    def __init__(self, servers: _Optional[_Iterable[str]] = ..., cuts: _Optional[_Iterable[int]] = ..., placement: _Optional[_Iterable[int]] = ..., schedule: _Optional[str] = ..., extra_warm_up: _Optional[int] = ..., moves: _Optional[_Iterable[_Union[Move, _Mapping]]] = ..., reloads: bool = ...) -> None: ...
 
 class Entry(_message.Message):
     __slots__ = ("number", "generation", "load_state", "train_step", "evaluate", "predict", "fetch_state", "save_state", "new_plan")
