@@ -1,5 +1,6 @@
-"""Remembers which runs are over on a server: a Prepare that comes late, or again, must not hold it for a run that nobody
-will ever release.
+"""Remembers which runs are over on a server.
+
+A Prepare that comes late, or again, must not hold it for a run that nobody will ever release.
 """
 
 from __future__ import annotations

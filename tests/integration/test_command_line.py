@@ -51,6 +51,7 @@ class Commands:
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("GRADWIRE_")}
+        kept["GRADWIRE_COORDINATOR_PROFILING_SECONDS"] = "0.5"
         return subprocess.Popen(
             [sys.executable, "-m", "gradwire", *arguments],
             stdin=subprocess.DEVNULL,

@@ -164,6 +164,14 @@ def test_wrong_requests_use_no_token_up(authority: Authority, service: str) -> N
     assert enroll(authority, service, token=text).certificate.startswith(b"-----BEGIN CERTIFICATE-----")
 
 
+def test_long_messages_are_refused_unread(authority: Authority, service: str) -> None:
+    """Whoever reaches it may call it: it takes far less than other services do."""
+    made = token(authority)
+    with pytest.raises(LimitExceeded, match="larger than max"):
+        enroll(authority, service, token=str(made), signing_request=bytes(65 * 2**10))
+    assert enroll(authority, service, token=str(made)).certificate
+
+
 def test_a_joiner_chooses_no_role_by_its_signing_request(authority: Authority, service: str) -> None:
     names = [x509.UniformResourceIdentifier("spiffe://gradwire/role/coordinator"), x509.DNSName("coordinator")]
     request = (

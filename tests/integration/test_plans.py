@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -41,7 +42,11 @@ def arguments(plan: gradwire.Plan) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[gradwire.LocalCluster]:
-    with gradwire.local(stage_servers=2, threads=1) as made:
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            # Long enough for all of a model, on a busy machine too.
+            patch.setenv("GRADWIRE_COORDINATOR_PROFILING_SECONDS", "5")
+            made = stack.enter_context(gradwire.local(stage_servers=2, threads=1))
         yield made
 
 

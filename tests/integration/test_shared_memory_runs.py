@@ -85,11 +85,11 @@ def passed(pages: Sequence[Page]) -> list[float]:
 
 
 def fallbacks(pages: Sequence[Page]) -> dict[str, float]:
-    """Return how often each reason was counted, on all servers."""
+    """Return how often each reason was counted, on all servers, of those that were."""
     counted: dict[str, float] = {}
     for page in pages:
         for (name, labels), value in page.items():
-            if name == "gradwire_shared_memory_fallbacks_total":
+            if name == "gradwire_shared_memory_fallbacks_total" and value:
                 reason = dict(labels)["reason"]
                 counted[reason] = counted.get(reason, 0) + value
     return counted

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +15,13 @@ from stage_model import MEAN, SUM, Reference
 from gradwire_protocol.errors import (
     Aborted,
     ServerBusy,
+    StaleGeneration,
     Unreachable,
 )
 from gradwire_protocol.torch_tensors import payload_of, tensor_info
 from gradwire_protocol.v1 import run_pb2, stage_pb2
 from gradwire_protocol.v1 import tensors_pb2 as pb
+from gradwire_stage.service import StageService
 
 LAYOUTS = {
     "one server": {"A": [0, 1, 2]},
@@ -143,6 +148,44 @@ def test_release_ends_a_wait_within_a_second() -> None:
         assert "the test says so" in str(error)
         server.call("Release", stage_pb2.ReleaseRequest(run="r", generation=1))
         assert server.activity().run == ""
+        server.call("Prepare", cluster.request("B", run="next"))
+
+
+def test_a_prepare_that_comes_late_or_again_is_refused() -> None:
+    """Nobody would ever release the server from it."""
+    with Cluster(LAYOUTS["two servers"]) as cluster:
+        server = cluster.servers["B"]
+        # Overtaken by the release.
+        server.call("Release", stage_pb2.ReleaseRequest(run="r", generation=1))
+        with pytest.raises(StaleGeneration, match=r"Run r has ended.*generation 2 or later"):
+            server.call("Prepare", cluster.request("B"))
+        assert server.activity().run == ""
+        server.call("Prepare", cluster.request("B", generation=2))
+        server.call("Release", stage_pb2.ReleaseRequest(run="r", generation=2))
+        # A copy of it.
+        with pytest.raises(StaleGeneration):
+            server.call("Prepare", cluster.request("B", generation=2))
+        server.call("Prepare", cluster.request("B", run="next"))
+
+
+def test_a_release_while_it_is_prepared_frees_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    building, go_on = threading.Event(), threading.Event()
+    build = StageService._build
+
+    def slowly(self: StageService, *arguments: Any) -> Any:
+        building.set()
+        assert go_on.wait(10)
+        return build(self, *arguments)
+
+    with Cluster(LAYOUTS["two servers"]) as cluster, ThreadPoolExecutor(1) as pool:
+        server = cluster.servers["B"]
+        monkeypatch.setattr(StageService, "_build", slowly)
+        prepared = pool.submit(server.call, "Prepare", cluster.request("B"), 15)
+        assert building.wait(10)
+        server.call("Release", stage_pb2.ReleaseRequest(run="r", generation=1))
+        go_on.set()
+        with pytest.raises(StaleGeneration):
+            prepared.result()
         server.call("Prepare", cluster.request("B", run="next"))
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import socket
+import ssl
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -124,6 +126,31 @@ def test_plaintext_to_a_server_with_tls_is_refused(site: Site) -> None:
     with pytest.raises(Unreachable, match="TLS"):
         gradwire.connect(site.address)
     assert time.monotonic() - began < QUICK_SECONDS
+
+
+def secured(site: Site, oldest: ssl.TLSVersion, newest: ssl.TLSVersion) -> str | None:
+    """Connect with the right certificate, whatever this machine's own rules are; return the version of TLS."""
+    context = ssl.create_default_context(cadata=site.authority.trusted_pem.decode())
+    context.load_cert_chain(site.client.certificate, site.client.key)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the versions that this is about
+        context.minimum_version, context.maximum_version = oldest, newest
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    context.set_alpn_protocols(["h2"])
+    host, _, port = site.address.partition(":")
+    with (
+        socket.create_connection((host, int(port)), timeout=10) as connection,
+        context.wrap_socket(connection, server_hostname=host) as made,
+    ):
+        return made.version()
+
+
+def test_old_versions_of_tls_are_refused(site: Site) -> None:
+    assert secured(site, ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_2) == "TLSv1.2"
+    assert secured(site, ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_3) == "TLSv1.3"
+    # The server closes the connection: this side would have gone on.
+    with pytest.raises((ssl.SSLEOFError, ConnectionResetError)):
+        secured(site, ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1)
 
 
 # --- what a client refuses

@@ -12,9 +12,17 @@ from gradwire.job.settings import ENVIRONMENT_PREFIX
 Coordinator = Annotated[
     str, typer.Option(envvar=f"{ENVIRONMENT_PREFIX}COORDINATOR", help="HOST:PORT of a running coordinator")
 ]
-TlsAuthority = Annotated[Path | None, typer.Option(help="PEM file of the authority that both sides trust")]
-TlsCertificate = Annotated[Path | None, typer.Option(help="PEM file of this client's certificate")]
-TlsKey = Annotated[Path | None, typer.Option(help="PEM file of this client's key")]
+TlsAuthority = Annotated[
+    Path | None,
+    typer.Option(envvar=f"{ENVIRONMENT_PREFIX}TLS_AUTHORITY", help="PEM file of the authority that both sides trust"),
+]
+TlsCertificate = Annotated[
+    Path | None,
+    typer.Option(envvar=f"{ENVIRONMENT_PREFIX}TLS_CERTIFICATE", help="PEM file of this client's certificate"),
+]
+TlsKey = Annotated[
+    Path | None, typer.Option(envvar=f"{ENVIRONMENT_PREFIX}TLS_KEY", help="PEM file of this client's key")
+]
 Insecure = Annotated[bool, typer.Option(help="Allow plaintext off loopback, on a network that you trust")]
 
 
