@@ -10,7 +10,7 @@ import pytest
 from coordinator_cluster import cluster, create, driven, free, refused, run_request, split, wait_until
 
 from gradwire_protocol.errors import FrameError, ModelError, PlanError, from_rpc_error
-from gradwire_protocol.v1 import coordinator_pb2, run_pb2
+from gradwire_protocol.v1 import run_pb2
 
 PLAN: dict[str, Any] = {"replicas": 2, "micro_batches": 5, "expected_rows": 10, "schedule": "gpipe"}
 STEP = split((2, 2, 2, 2, 2), replicas=2)
@@ -97,17 +97,6 @@ def test_a_server_that_fails_is_named_with_its_replica(tmp_path: Path, fails_at:
         with pytest.raises(grpc.RpcError) as caught:
             driver.result()
         assert from_rpc_error(caught.value).message.startswith("Stage 1 of replica 1 (server stage-3")
-
-
-def test_a_run_with_replicas_is_not_planned_anew_and_goes_on(tmp_path: Path) -> None:
-    with cluster(tmp_path, stages=4) as made:
-        driver = driven(made, 2, **PLAN)
-        run = made.status().runs[0].run
-        error = refused(made.stub.Replan, coordinator_pb2.ReplanRequest(run=run, minimum_gain=0.1))
-        assert isinstance(error, PlanError)
-        assert "2 replicas" in error.got
-        driver.send_step(micro_batches=STEP)
-        assert driver.result().entry == 2
 
 
 def test_servers_must_suffice_for_all_replicas(tmp_path: Path) -> None:

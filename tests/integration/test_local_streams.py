@@ -6,6 +6,7 @@ import os
 import secrets
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,9 @@ class Offered:
 
     def receipts(self) -> list[int]:
         """Return the receipts of what was written since the last call; raise the receiver's error, if it has one."""
-        self.end.write(b"")
+        # The server may have ended the stream already: then it has said why.
+        with suppress(BrokenPipeError):
+            self.end.write(b"")
         found: list[int] = []
         while not found or found[-1] < self._written:
             found += [sequence for sequence, _ in next(self._receipts)]

@@ -96,6 +96,8 @@ def _configuration(metrics: dict[str, str]) -> str:
     made = yaml.safe_load(CONFIGURATION.read_text())
     made["global"] = dict.fromkeys(made["global"], f"{SCRAPE_SECONDS}s")
     made["rule_files"] = [str(ALERTS)]
+    # Of what is no program of ours there is only Prometheus itself.
+    made["scrape_configs"] = [job for job in made["scrape_configs"] if job["job_name"] != "dcgm-exporter"]
     jobs = {job["job_name"]: job for job in made["scrape_configs"]}
     for job in jobs.values():
         role = job["job_name"].removeprefix("gradwire-").removesuffix("-server")
