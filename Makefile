@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROTOS := $(wildcard protos/gradwire_protocol/v1/*.proto)
 
-.PHONY: train test test-benchmarks test-examples test-models test-docker compose-up compose-train compose-down lint protos dashboards bench examples fuzz soak clean help
+.PHONY: train test test-benchmarks test-examples test-models test-faults test-deploy test-docker compose-up compose-train compose-down lint protos dashboards bench examples fuzz soak clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,8 @@ help:
 	@echo "make test-benchmarks  run each benchmark in a short form"
 	@echo "make test-examples  run each example in a short form, and verify it"
 	@echo "make test-models    train models of many kinds, on many grids, beside one process"
+	@echo "make test-faults    kill, stop, stall and starve processes, and cut networks"
+	@echo "make test-deploy    run the chart's pods, and Prometheus with rules and dashboards, for real"
 	@echo "make test-docker    build the images, and run the compose file in a Docker engine"
 	@echo "make compose-up     build the images and start a cluster with dashboards: Grafana at 127.0.0.1:3000"
 	@echo "make compose-train  train the reference job on it"
@@ -52,6 +54,14 @@ test-examples: $(STAMP)
 # The zoo, and grids with every transport, each beside one process.
 test-models: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m model -n 3 --dist loadfile --no-loadscope-reorder
+
+# Processes and networks that die, stall or are stopped: waiting is most of it.
+test-faults: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fault -n 3 --dist loadfile --no-loadscope-reorder
+
+# The chart's pods in network namespaces, and a real Prometheus beside a cluster.
+test-deploy: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m deploy -n 2 --dist loadfile
 
 # Where no Docker engine runs, root on Debian 12 gets one for the test, with stand-ins for the images that it cannot pull.
 test-docker: $(STAMP)

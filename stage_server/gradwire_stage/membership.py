@@ -32,8 +32,9 @@ _log = structlog.get_logger(__name__)
 class Membership:
     """A thread that keeps one server registered, from `start` to `stop`.
 
-    `activity` tells what the server is doing, for each heartbeat. `on_silence` is called when none of them has been
-    answered for `silence_seconds`: the coordinator is frozen or cut off, although connections to it may stand.
+    `activity` tells what the server is doing, for each heartbeat. `on_orphaned` is called when no coordinator stands
+    behind a run here: when none of them has been answered for `silence_seconds`, since it is frozen or cut off although
+    connections to it may stand; and when it does not know this server.
     """
 
     def __init__(
@@ -43,14 +44,14 @@ class Membership:
         registration: coordinator_pb2.RegisterRequest,
         activity: Callable[[], stage_pb2.Activity],
         *,
-        on_silence: Callable[[str], None] = lambda reason: None,
+        on_orphaned: Callable[[str], None] = lambda reason: None,
         silence_seconds: float = SILENCE_SECONDS,
     ) -> None:
         self._stub = coordinator_pb2_grpc.CoordinatorServiceStub(channel)  # type: ignore[no-untyped-call]
         self._target = f"coordinator at {coordinator}"
         self._registration = registration
         self._activity = activity
-        self._on_silence = on_silence
+        self._on_orphaned = on_orphaned
         self._silence_seconds = silence_seconds
         self._stop = threading.Event()
         # Set when something is due before the next heartbeat.
@@ -128,6 +129,8 @@ class Membership:
             except RunNotFound:
                 self._perhaps_known = False
                 _log.info("the coordinator has forgotten this server", coordinator=self._target)
+                # It has been started again, or has taken this server for lost: no run here is one of its.
+                self._on_orphaned(f"the {self._target} does not know this server any more")
                 return
             except GradwireError as error:
                 if not silent_seconds and not self._stop.is_set():
@@ -135,7 +138,7 @@ class Membership:
                 # Time in which this process was stopped itself does not count.
                 silent_seconds += interval_seconds + min(time.monotonic() - sent_at, _CALL_SECONDS)
                 if silent_seconds >= self._silence_seconds:
-                    self._on_silence(f"the {self._target} has not answered for {silent_seconds:.0f} s")
+                    self._on_orphaned(f"the {self._target} has not answered for {silent_seconds:.0f} s")
             else:
                 silent_seconds = 0.0
 

@@ -79,7 +79,7 @@ def run_server(settings: StageSettings) -> None:
             operators=described(operators),
         ),
         stage_service.activity,
-        on_silence=stage_service.release_orphan,
+        on_orphaned=stage_service.release_orphan,
     )
     membership.start()
     service.report_ready()

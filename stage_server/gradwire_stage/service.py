@@ -168,6 +168,14 @@ class StageService(stage_pb2_grpc.StageServiceServicer):
             held.executing = True
             held.expiry.cancel()
         executor = held.executor
+
+        def gone() -> None:
+            # Nothing to do where the run has ended; otherwise the stream has broken. Its entries may just end then, as
+            # if no more were to come, while the one that is open waits for messages that nobody sends.
+            executor.release(Aborted("The coordinator's stream has ended"))
+
+        if not context.add_callback(gone):
+            gone()
         reader = threading.Thread(target=_read_entries, args=(executor, requests), name="entries", daemon=True)
         reader.start()
         try:
@@ -177,8 +185,7 @@ class StageService(stage_pb2_grpc.StageServiceServicer):
                 else:
                     yield stage_pb2.ExecuteReply(report=report)
         finally:
-            # Nothing to do where the run has ended; otherwise the stream has broken.
-            executor.release(Aborted("The coordinator's stream has ended"))
+            gone()
 
     def Release(self, request: stage_pb2.ReleaseRequest, context: Any) -> stage_pb2.ReleaseReply:  # noqa: N802
         # First: a Prepare that is on its way sees it afterwards.

@@ -26,6 +26,8 @@ from dashboard_queries import PanelQuery, ask, panel_queries, shown
 from exported_metrics import metric_types, pages
 from prometheus_tools import ALERTS, promtool
 
+pytestmark = pytest.mark.deploy
+
 RATE_INTERVAL = "5s"
 REPLICAS = gradwire.Plan(
     stages=2, replicas=2, microbatches=4, cuts=["2"], compression="int8", activation_compression="int8"

@@ -23,6 +23,8 @@ import gradwire
 from gradwire_protocol.errors import GradwireError, Stalled
 from gradwire_protocol.v1 import tensors_pb2 as pb
 
+pytestmark = pytest.mark.fault
+
 STALL_SECONDS = 1.5
 # The client's wait for the coordinator to say why a connection broke, which it cannot here: 15 s otherwise.
 VERDICT_SECONDS = 3.0

@@ -22,7 +22,7 @@ import certificate_issuer
 from gradwire.certs.authority import Authority
 from helm_chart import CERT_MANAGER, NAMESPACE, Pod, Rendered, needs_helm, rendered
 
-pytestmark = [needs_helm, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.deploy, needs_helm, pytest.mark.timeout(400)]
 
 STARTED_SECONDS = 150.0
 SMALL = {"layers": 2, "width": 32, "heads": 2, "context": 32, "batch": 8, "microbatches": 4, "steps": 6}

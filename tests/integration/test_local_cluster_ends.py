@@ -16,6 +16,8 @@ from test_local_cluster import make_batches, make_model, make_trainer
 
 import gradwire
 
+pytestmark = pytest.mark.fault
+
 
 @pytest.fixture(scope="module")
 def fragile() -> Iterator[gradwire.LocalCluster]:

@@ -19,6 +19,8 @@ from gradwire.cluster import Cluster
 from gradwire_protocol.errors import DataError, GradwireError, PlanError, StageFailed, Unreachable
 from gradwire_protocol.v1 import coordinator_pb2, stage_pb2
 
+pytestmark = pytest.mark.fault
+
 
 @pytest.fixture
 def services(tmp_path: Path) -> Iterator[Services]:

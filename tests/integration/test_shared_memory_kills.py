@@ -27,6 +27,8 @@ from gradwire.service_process import ServiceProcess, end_all
 from gradwire_protocol.handover import Directory, Handover, take_over
 from gradwire_protocol.shared_block import BlockError, OwnBlock, PeerBlock
 
+pytestmark = pytest.mark.fault
+
 CHILD = Path(__file__).with_name("memory_child.py")
 MAPPING = re.compile(r"\S+ \S+ \S+ \S+ (\d+) +/memfd:gradwire")
 

@@ -25,6 +25,8 @@ from gradwire_protocol.channels import SERVER_OPTIONS, open_channel
 from gradwire_protocol.connection_limit import MAXIMUM_CONNECTIONS
 from gradwire_protocol.tls_files import TlsFiles
 
+pytestmark = pytest.mark.fault
+
 COUNT = 10_000
 # Measured with ten thousand of each kind, opened and closed five times: 25 to 46 KiB in plaintext, 46 to 55 over TLS,
 # half of it while they are all closed at once.

@@ -179,15 +179,19 @@ def test_membership_waits_for_a_coordinator_and_comes_back_to_it(coordinator) ->
     registration = coordinator_pb2.RegisterRequest(server="s", address="127.0.0.1:1")
     activity = stage_pb2.Activity(run="r", progress=7)
     with open_channel(coordinator.address) as channel:
-        membership = Membership(channel, coordinator.address, registration, lambda: activity)
+        reasons = queue.SimpleQueue()
+        membership = Membership(channel, coordinator.address, registration, lambda: activity, on_orphaned=reasons.put)
         membership.start()
         with pytest.raises(queue.Empty):
             coordinator.next("register", 0.3)  # it does not listen yet
         coordinator.server.start()
         assert coordinator.next("register") == registration
         assert coordinator.next("heartbeat").activity == activity
+        assert reasons.empty()
         coordinator.forgets.set()
         assert coordinator.next("register") == registration
+        # A run that it had before it was started again is nobody's.
+        assert "does not know this server" in reasons.get(timeout=5)
         membership.stop()
         assert coordinator.next("deregister").server == "s"
 
@@ -219,7 +223,7 @@ def test_a_run_is_let_go_when_its_coordinator_answers_no_more(coordinator) -> No
         proxy = before(coordinator.address)
         with open_channel(proxy.address) as channel:
             membership = Membership(
-                channel, proxy.address, registration, stage_pb2.Activity, on_silence=reasons.put, silence_seconds=4.0
+                channel, proxy.address, registration, stage_pb2.Activity, on_orphaned=reasons.put, silence_seconds=4.0
             )
             membership.start()
             coordinator.next("register")

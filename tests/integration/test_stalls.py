@@ -30,6 +30,8 @@ from gradwire_protocol.errors import Aborted, GradwireError, Stalled, Unreachabl
 from gradwire_protocol.v1 import coordinator_pb2, run_pb2
 from gradwire_stage.service import StageService
 
+pytestmark = pytest.mark.fault
+
 
 def small() -> nn.Module:
     torch.manual_seed(0)

@@ -15,6 +15,8 @@ from torch import nn
 import gradwire
 from gradwire_protocol.v1 import coordinator_pb2
 
+pytestmark = pytest.mark.fault
+
 STEPS = 12
 PLAN = gradwire.Plan(stages=2, microbatches=4, schedule="1f1b", cuts=["2"])
 
@@ -168,6 +170,26 @@ def test_a_coordinator_that_is_killed_knows_its_runs_and_their_checkpoints(servi
         assert known.step >= 6
         assert (known.checkpoint.directory, known.checkpoint.step) == ("mine/third", 3)
     finish(services, 2, "mine/third")
+
+
+def test_servers_are_free_again_whatever_they_did_when_the_coordinator_was_killed(services: Services) -> None:
+    """Between two entries, in the middle of one, waiting for each other: wherever it strikes."""
+    for round_number in range(4):
+        with services.connect() as cluster, make_trainer(cluster) as trainer:
+            endless = (batch for _ in range(10_000) for batch in batches())
+            results = trainer.run(endless, progress=False)
+            for _ in range(3 + round_number):
+                next(results)
+            send(services.coordinator, signal.SIGKILL)
+            services.coordinator.wait_ended(time.monotonic() + 5)
+            with pytest.raises(gradwire.Unreachable):
+                list(results)
+        services.restart_coordinator()
+        with services.connect() as cluster:
+            deadline = time.monotonic() + 10
+            while any(server.activity.run for server in cluster.status().servers):
+                assert time.monotonic() < deadline, cluster.status()
+                time.sleep(0.1)
 
 
 def test_a_client_that_does_not_listen_is_not_waited_for(tmp_path: Path) -> None:
