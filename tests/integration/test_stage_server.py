@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from stage_cluster import Cluster, wait_until
+from stage_cluster import Cluster, StageServer, wait_until
 from stage_model import MEAN, SUM, Reference
 
 from gradwire_protocol.errors import (
@@ -199,6 +200,31 @@ def test_a_broken_execute_stream_frees_the_server() -> None:
         with pytest.raises(StopIteration):
             cluster.streams["B"].report()
         assert cluster.servers["B"].activity().run == ""
+
+
+class _Call:
+    """A call whose requests end like those of a good one, and which then turns out to be broken; gRPC may do that."""
+
+    def add_callback(self, callback: Callable[[], None]) -> bool:
+        self.breaks = callback
+        return True
+
+
+def test_a_stream_that_breaks_after_its_entries_have_ended_frees_the_server() -> None:
+    with Cluster(LAYOUTS["one server"]) as cluster:
+        cluster.prepare()
+        server, call = cluster.servers["A"], _Call()
+        assert isinstance(server, StageServer)
+        # It waits for tensors that nobody sends.
+        entry = cluster.next_entry(load_state=run_pb2.LoadState())
+        replies = server.stage_service.Execute(iter([stage_pb2.ExecuteRequest(run="r", entry=entry)]), call)
+        with ThreadPoolExecutor(1) as executor:
+            reply = executor.submit(next, replies)
+            wait_until(lambda: server.activity().waiting_for != "")
+            call.breaks()
+            with pytest.raises(Aborted, match="stream has ended"):
+                reply.result(timeout=10)
+        assert server.activity().run == ""
 
 
 def test_a_run_without_execute_stream_expires() -> None:
