@@ -94,8 +94,11 @@ def install() -> Docker | None:
     if not all(Path(path).exists() for path in wanted):
         quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         lock = ("-o", "DPkg::Lock::Timeout=300")
-        run(["apt-get", *lock, "update", "-q"], quiet)
-        run(["apt-get", *lock, "install", "-q", "-y", "--no-install-recommends", *PACKAGES], quiet, timeout=1200)
+        try:
+            run(["apt-get", *lock, "update", "-q"], quiet)
+            run(["apt-get", *lock, "install", "-q", "-y", "--no-install-recommends", *PACKAGES], quiet, timeout=1200)
+        except AssertionError as error:
+            raise NoEngine(f"no Docker engine runs here, and what one needs cannot be installed: {error}") from None
     # Where services may start by themselves, the package has started one.
     return running_engine()
 
