@@ -26,8 +26,10 @@ from gradwire_protocol.v1 import coordinator_pb2_grpc
 
 
 def serve(settings: CoordinatorSettings, ready_fd: int | None = None) -> None:
-    """Run a coordinator in this process until it is asked to stop (SIGTERM, SIGINT), and runs have ended. Main thread
-    only."""
+    """Run a coordinator in this process until it is asked to stop (SIGTERM, SIGINT) and runs have ended.
+
+    Main thread only.
+    """
     with ExitStack() as stack:
         directory = settings.state_dir
         if directory is None:

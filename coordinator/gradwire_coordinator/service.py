@@ -256,6 +256,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
                     version=server.version,
                     silent_seconds=self._registry.silent_seconds(server),
                     activity=server.activity,
+                    leaving=server.leaving,
                 )
                 for server in self._registry.servers()
             ],

@@ -145,6 +145,11 @@ def test_what_a_job_needs() -> None:
     assert needs.met_by(status((STAGE, ""), (STAGE, ""), (PARAMETER, "")))
     assert not needs.met_by(status((STAGE, ""), (STAGE, "another"), (PARAMETER, "")))
     assert not needs.met_by(status((STAGE, ""), (STAGE, "")))
+    leaving = status((STAGE, ""), (STAGE, ""), (PARAMETER, ""))
+    leaving.servers[0].leaving = True
+    assert not needs.met_by(leaving)
+    assert str(needs) == "2 stage servers and 1 parameter server"
+    assert str(Needs(stage_servers=1, parameter_servers=0)) == "1 stage server"
 
 
 class Found(Cluster):

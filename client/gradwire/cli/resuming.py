@@ -44,14 +44,12 @@ class Needs:
     parameter_servers: int
 
     def __str__(self) -> str:
-        parts = [f"{self.stage_servers} stage servers"]
-        if self.parameter_servers:
-            parts.append(f"{self.parameter_servers} parameter servers")
-        return " and ".join(parts)
+        counts = {"stage": self.stage_servers, "parameter": self.parameter_servers}
+        return " and ".join(f"{count} {kind} server{'s' * (count != 1)}" for kind, count in counts.items() if count)
 
     def met_by(self, status: coordinator_pb2.GetStatusReply) -> bool:
         """Whether so many are free, and not about to leave."""
-        free = Counter(server.role for server in status.servers if not server.activity.run)
+        free = Counter(server.role for server in status.servers if not (server.activity.run or server.leaving))
         return (
             free[coordinator_pb2.SERVER_ROLE_STAGE] >= self.stage_servers
             and free[coordinator_pb2.SERVER_ROLE_PARAMETER] >= self.parameter_servers

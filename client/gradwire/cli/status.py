@@ -91,6 +91,7 @@ def _servers(reply: coordinator_pb2.GetStatusReply) -> Table:
             stages += f" of replica {replicas[server.server]}" if server.server in replicas else ""
         heard = f"{server.silent_seconds:.1f} s ago"
         run = server.activity.run or "free"
+        run += ", leaving" if server.leaving else ""
         table.add_row(server.server, server.address, device, run, stages, heard)
     return table
 

@@ -480,7 +480,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ServerStatus(_message.Message):
-    __slots__ = ("server", "role", "address", "metrics_address", "device", "version", "silent_seconds", "activity")
+    __slots__ = ("server", "role", "address", "metrics_address", "device", "version", "silent_seconds", "activity", "leaving")
     SERVER_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -489,6 +489,7 @@ class ServerStatus(_message.Message):
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SILENT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     ACTIVITY_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
     server: str
     role: ServerRole
     address: str
@@ -497,7 +498,8 @@ class ServerStatus(_message.Message):
     version: str
     silent_seconds: float
     activity: _stage_pb2.Activity
-    def __init__(self, server: _Optional[str] = ..., role: _Optional[_Union[ServerRole, str]] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., device: _Optional[_Union[DeviceInfo, _Mapping]] = ..., version: _Optional[str] = ..., silent_seconds: _Optional[float] = ..., activity: _Optional[_Union[_stage_pb2.Activity, _Mapping]] = ...) -> None: ...
+    leaving: bool
+    def __init__(self, server: _Optional[str] = ..., role: _Optional[_Union[ServerRole, str]] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., device: _Optional[_Union[DeviceInfo, _Mapping]] = ..., version: _Optional[str] = ..., silent_seconds: _Optional[float] = ..., activity: _Optional[_Union[_stage_pb2.Activity, _Mapping]] = ..., leaving: bool = ...) -> None: ...
 
 class StoredCheckpoint(_message.Message):
     __slots__ = ("directory", "step", "written_at")
