@@ -79,7 +79,7 @@ def run_server(settings: StageSettings) -> None:
             operators=described(operators),
         ),
         stage_service.activity,
-        on_orphaned=stage_service.release_orphan,
+        on_orphaned=stage_service.holder.release_orphan,
     )
     membership.start()
     service.report_ready()
@@ -90,7 +90,7 @@ def run_server(settings: StageSettings) -> None:
     service.wait()
     _log.info("stopping", server=server)
     membership.announce_leave(settings.grace_seconds)
-    service.finish(lambda: stage_service.is_held, settings.grace_seconds)
+    service.finish(lambda: stage_service.holder.current is not None, settings.grace_seconds)
     membership.stop()
     stage_service.release_all("it was asked to stop")
     service.stop()

@@ -134,7 +134,7 @@ def test_a_stream_that_is_held_back_ends_with_the_run() -> None:
         for index in range(20):  # of an entry that never comes
             cluster.send("A", 2, index, "x", rows, pb.DIRECTION_BATCH)
         held = server.stage_service
-        wait_until(lambda: held._held.executor.run.mailbox.held_streams == 1)
+        wait_until(lambda: held.holder.current.run.mailbox.held_streams == 1)
         assert server.metric("gradwire_mailbox_bytes") <= 2 * MESSAGE
         with pytest.raises(GradwireError):
             cluster.senders["A"].flush(0.2)
@@ -245,7 +245,7 @@ def test_a_stream_that_breaks_gives_back_its_room_and_its_thread() -> None:
     with Cluster(THREE, credit_bytes=1) as cluster:
         cluster.open()
         server = cluster.servers["B"]
-        run = server.stage_service._held.executor.run
+        run = server.stage_service.holder.current.run
         large = torch.zeros(CHUNK_BYTES, dtype=torch.float64)
         gone = threading.Event()
 
@@ -287,7 +287,7 @@ def test_streams_are_limited_for_each_run_and_server() -> None:
         assert isinstance(error, LimitExceeded)
         assert "Too many streams" in str(error)
         calls[0].cancel()
-        wait_until(lambda: len(cluster.servers["B"].stage_service._held.executor.run.mailbox._streams) == 15)
+        wait_until(lambda: len(cluster.servers["B"].stage_service.holder.current.run.mailbox._streams) == 15)
         calls += opened(cluster, 1)
     gone.set()
     gone.clear()

@@ -36,9 +36,9 @@ def copies(services: list[StageService]) -> dict[str, list[torch.Tensor]]:
     """The tensors that the servers of the run hold, by name."""
     found: dict[str, list[torch.Tensor]] = {}
     for service in services:
-        held = service._held
+        held = service.holder.current
         assert held is not None
-        for name, tensor in held.executor.run.tensors.items():
+        for name, tensor in held.run.tensors.items():
             found.setdefault(name, []).append(tensor)
     return found
 

@@ -178,7 +178,7 @@ def test_one_measurement_at_a_time_and_a_run_waits_for_it(exported: ExportedMode
     with Cluster({"busy": [0, 1, 2]}) as cluster:
         server = cluster.servers["busy"]
         call = server.stub.MeasureCosts.future(request(exported, seconds=30.0, rows=[256, 255, 254, 253]))
-        wait_until(server.stage_service._preparing.locked)
+        wait_until(lambda: server.stage_service.holder.is_preparing)
         with pytest.raises(ServerBusy, match="measures costs"):
             server.call("MeasureCosts", request(exported))
         call.cancel()

@@ -154,12 +154,12 @@ def test_slots_come_back_from_messages_that_are_taken_and_from_those_that_are_dr
 def test_a_message_is_what_was_put_into_its_slot(cluster: Cluster, peer: FakePeer) -> None:
     serves(cluster)
     peer.send(50, 0)
-    held = cluster.servers["B"].stage_service._held  # type: ignore[attr-defined]
-    arrived, wanted = next(iter(held.executor.run.mailbox._items.values()))[0]
+    held = cluster.servers["B"].stage_service.holder.current  # type: ignore[attr-defined]
+    arrived, wanted = next(iter(held.run.mailbox._items.values()))[0]
     assert torch.equal(arrived.tensor, VALUE)
     assert not wanted
     del arrived
-    held.executor.run.mailbox.finish(60)
+    held.run.mailbox.finish(60)
     wait_until(lambda: peer.block.free() == SLOTS)
     peer.end()
 

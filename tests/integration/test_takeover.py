@@ -23,9 +23,9 @@ Snapshot = dict[str, tuple[torch.Tensor, dict[str, object]]]
 def run_of(cluster: Cluster, name: str) -> RunState:
     server = cluster.servers[name]
     assert isinstance(server, StageServer)
-    held = server.stage_service._held
+    held = server.stage_service.holder.current
     assert held is not None
-    return held.executor.run
+    return held.run
 
 
 def state_of(cluster: Cluster, name: str) -> Snapshot:

@@ -152,7 +152,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, services: list[StageServic
 
 def held(services: list[StageService], trainer: gradwire.Trainer) -> list[dict[str, torch.Tensor]]:
     """The tensors of each server of a run, in its order."""
-    runs = [service._held.executor.run for service in services if service._held is not None]
+    runs = [service.holder.current.run for service in services if service.holder.current is not None]
     by_server = {run.server: run.tensors for run in runs}
     return [by_server[name] for name in trainer.servers]
 

@@ -81,9 +81,9 @@ def test_what_all_shards_have_stays_the_same_bit_by_bit(compression: str) -> Non
 
 
 def held_by(server: StageServer) -> dict[str, torch.Tensor]:
-    run = server.stage_service._held
-    assert run is not None
-    return run.executor.run.tensors
+    held = server.stage_service.holder.current
+    assert held is not None
+    return held.run.tensors
 
 
 @pytest.mark.parametrize("shared", [False, True])
