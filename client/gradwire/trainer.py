@@ -6,55 +6,45 @@ optimizers.py.
 
 from __future__ import annotations
 
-import copy
 import os
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
 
-from gradwire.batches import Batch, as_arguments, batches_of, length_of
+from gradwire.batches import Batch, batches_of, length_of
 from gradwire.calls import create_run
 from gradwire.checkpoint.background import Save
 from gradwire.checkpoint.run import RunCheckpoints, Storage
-from gradwire.dispatch import Dispatched, Dispatcher, evaluate, predict
+from gradwire.dispatch import Dispatcher, evaluate, predict
 from gradwire.graph import ExportedModel
 from gradwire.graph.dynamic import Dynamic
 from gradwire.measured_steps import MeasuredSteps
 from gradwire.plan import Plan
+from gradwire.present_model import present_model
 from gradwire.progress import is_terminal, with_progress
 from gradwire.replanning import MINIMUM_GAIN, Replan, check_minimum_gain, count_moved, refuse_tensor, replan
 from gradwire.report import Report, make_report
-from gradwire.results import StepResult, step_result
+from gradwire.results import StepResult
 from gradwire.run_plan import RunPlan
 from gradwire.run_request import make_request
 from gradwire.session import Session
 from gradwire.state import StateNames
+from gradwire.stepping import OpenStep, check_loop, in_flight
 from gradwire.stopping import OnStop, stop
 from gradwire.verification import Verification, verify
 from gradwire.weights import Weights, WeightSource
-from gradwire_protocol.errors import ModelError, OptimizerError, SettingsError, Stopping
+from gradwire_protocol.errors import ModelError, SettingsError, Stopping
 from gradwire_protocol.v1 import graph_pb2, run_pb2
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from gradwire.cluster import Cluster
-
-
-@dataclass(frozen=True)
-class _OpenStep:
-    step: int
-    sent: Dispatched
-
-    def wait(self) -> StepResult:
-        return step_result(self.step, self.sent.rows, self.sent.future.result())
 
 
 class Trainer:
@@ -200,36 +190,18 @@ class Trainer:
         terminal. `evaluate` inside the loop follows the last step dispatched, which is ahead of the last one yielded.
         If the run is to end, Stopping is raised when the steps in flight have been yielded.
         """
-        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 0):
-            raise SettingsError("steps is not valid", expected="a whole number, 0 or more, or None", got=repr(steps))
-        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            raise OptimizerError(
-                "ReduceLROnPlateau needs a metric, which is not known when a step is dispatched",
-                remedy="leave scheduler out, and call scheduler.step(metric) yourself",
-            )
-        results = self._run(loader, steps, scheduler)
+        check_loop(steps, scheduler)
+        results = in_flight(
+            batches_of(loader, steps),
+            self._dispatch_step,
+            window=self._plan.window,
+            scheduler=scheduler,
+            is_stopping=lambda: self.is_stopping,
+            stop=self._stop_if_asked,
+        )
         if progress is False or (progress is None and not is_terminal()):
             return results
         return with_progress(results, steps if steps is not None else length_of(loader))
-
-    def _run(
-        self, loader: Iterable[Any], steps: int | None, scheduler: torch.optim.lr_scheduler.LRScheduler | None
-    ) -> Iterator[StepResult]:
-        in_flight: deque[_OpenStep] = deque()
-        broken_off = False
-        for batch in batches_of(loader, steps):
-            if len(in_flight) == self._plan.window:
-                yield in_flight.popleft().wait()
-            if self._session.stop_reason:
-                broken_off = True
-                break
-            in_flight.append(self._dispatch_step(as_arguments(batch)))
-            if scheduler is not None:
-                scheduler.step()
-        while in_flight:
-            yield in_flight.popleft().wait()
-        if broken_off:
-            self._stop_if_asked()
 
     def evaluate(self, loader: Iterable[Any]) -> float:
         """Return the mean loss over all samples of the loader's batches, in evaluation mode; changes nothing."""
@@ -320,21 +292,7 @@ class Trainer:
         in a way that one process cannot follow, or on another kind of device than the servers do; OptimizerError if
         the user has let go of the optimizer.
         """
-        model = self._model()
-        if model is None:
-            raise ModelError(
-                "The model is gone: nothing refers to it any more",
-                expected="the model that the trainer was made with, which is run in this process",
-                remedy="keep a variable that refers to it, or call gradwire.verify with a model",
-            )
-        if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-            raise ModelError(
-                "The model cannot be run in this process: it is on the meta device",
-                expected="a model with its tensors in memory",
-                remedy="verify a smaller model of the same kind with gradwire.verify",
-            )
-        present = copy.deepcopy(model)
-        present.load_state_dict(self.state_dict())
+        present = present_model(self._model(), self.state_dict)
         helpers = len(self._layout.servers) - len(self.servers)
         busy = [server.server for server in self._layout.servers]
         with self._cluster.spare_servers(len(self.servers), helpers, busy=busy):
@@ -415,7 +373,7 @@ class Trainer:
             self._stopping = stop(self, reason, self._on_stop)
         raise self._stopping
 
-    def _dispatch_step(self, batch: Batch, *, return_gradients: bool = False) -> _OpenStep:
+    def _dispatch_step(self, batch: Batch, *, return_gradients: bool = False) -> OpenStep:
         self._checkpoints.report()
 
         def entry(parts: list[run_pb2.MicroBatch]) -> run_pb2.Entry:
@@ -432,7 +390,7 @@ class Trainer:
         self._step += 1
         self._optimizer.mark_dispatched()
         self._measured.follow(self._step, sent.rows, sent.future)
-        return _OpenStep(self._step, sent)
+        return OpenStep(self._step, sent)
 
     def _collect_tensors(self, number: int, future: Future[run_pb2.EntryResult]) -> dict[str, torch.Tensor]:
         servers = [server for server in self._layout.servers if server.owned_tensors]
