@@ -78,6 +78,20 @@ def test_servers_are_reserved_in_the_order_of_registration() -> None:
     assert [server.server for server in registry.reserve("two", 3)] == ["c", "a", "b"]
 
 
+def test_no_run_gets_a_server_that_leaves() -> None:
+    """It may be free for a moment before it has gone."""
+    registry, _ = make("a", "b")
+    assert registry.heartbeat("a", stage_pb2.Activity(), leaving=True).leaving
+    # Once said is said.
+    assert registry.heartbeat("a", stage_pb2.Activity()).leaving
+    assert [server.server for server in registry.reserve("one", 1)] == ["b"]
+    with pytest.raises(PlanError):
+        registry.reserve("two", 1)
+    # Started again, it is another.
+    registry.register(request("a"))
+    assert [server.server for server in registry.reserve("two", 1)] == ["a"]
+
+
 def test_parameter_servers_host_no_stage() -> None:
     registry, _ = make()
     registry.register(request("p", role=coordinator_pb2.SERVER_ROLE_PARAMETER))
