@@ -80,6 +80,21 @@ class Evidence:
         )
 
 
+def how_it_ended(failure: grpc.RpcError | GradwireError | None, target: str) -> tuple[GradwireError | None, str]:
+    """Return what a server reported as the end of its stream, if anything, and otherwise what was seen of that end.
+
+    failure: of the stream; None: it was closed. target: how errors name the server.
+    """
+    if failure is None:
+        return None, "it closed its stream"
+    if isinstance(failure, GradwireError):
+        return failure, ""
+    reported = _reported(failure, target)
+    if reported is None and isinstance(failure, grpc.Call):
+        return None, f"its stream broke with {failure.code().name}: {failure.details()}"
+    return reported, "its stream broke"
+
+
 def first_cause(evidence: Sequence[Evidence]) -> Evidence:
     """Return the first that is not a consequence of another; the first of all if there is none."""
     return next((item for item in evidence if not item.is_consequence), evidence[0])
@@ -129,7 +144,7 @@ class CauseFinder:
         self._found(cause)
 
 
-def reported_error(error: grpc.RpcError, target: str) -> GradwireError | None:
+def _reported(error: grpc.RpcError, target: str) -> GradwireError | None:
     """Return the error that a server sent as the end of a call; None if the call broke without one."""
     if isinstance(error, grpc.Call) and status_of(error) is not None:
         return from_rpc_error(error, target=target)

@@ -16,7 +16,7 @@ import grpc
 import structlog
 
 from gradwire_coordinator.entries import EntryRules
-from gradwire_coordinator.failures import CauseFinder, Evidence, own_error, reported_error
+from gradwire_coordinator.failures import CauseFinder, Evidence, how_it_ended, own_error
 from gradwire_coordinator.layout import Layout
 from gradwire_coordinator.link import Link
 from gradwire_coordinator.links import prepare_all, release_all
@@ -306,21 +306,14 @@ class Run:
     def _on_end(self, link: Link, failure: Exception | None) -> None:
         if self._ending or link not in self._links:
             return  # another generation goes on, or nothing does
-        if isinstance(failure, grpc.RpcError):
-            reported = reported_error(failure, link.target)
-            seen = "its stream broke"
-            if reported is None and isinstance(failure, grpc.Call):
-                seen = f"its stream broke with {failure.code().name}: {failure.details()}"
-            evidence = self._evidence_of(link, reported=reported, seen=seen)
-            if reported is None:
-                self._context.on_lost(link.server)
-            self._causes.add(evidence)
-        elif failure is None:
-            self._causes.add(self._evidence_of(link, seen="it closed its stream"))
-        elif isinstance(failure, GradwireError):
-            self._causes.add(self._evidence_of(link, reported=failure))
-        else:
+        if not (failure is None or isinstance(failure, grpc.RpcError | GradwireError)):
             self.fail(failure)
+            return
+        reported, seen = how_it_ended(failure, link.target)
+        evidence = self._evidence_of(link, reported=reported, seen=seen)
+        if isinstance(failure, grpc.RpcError) and reported is None:
+            self._context.on_lost(link.server)
+        self._causes.add(evidence)
 
     def _evidence_of(
         self, link: Link, *, reported: GradwireError | None = None, seen: str = "", last_known: str = ""
