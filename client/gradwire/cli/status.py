@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from gradwire.boundaries import boundary_lines
 from gradwire.cli.options import Coordinator, Insecure, TlsAuthority, TlsCertificate, TlsKey
@@ -79,7 +79,9 @@ def _shards(reply: coordinator_pb2.GetStatusReply) -> dict[str, int]:
 
 def _servers(reply: coordinator_pb2.GetStatusReply) -> Table:
     replicas, shards = _replicas(reply), _shards(reply)
-    table = Table("server", "address", "device", "run", "stages", "heard", title="Servers", title_justify="left")
+    # Whole where the terminal is narrow, too: names and addresses are to be copied.
+    whole = [Column(name, overflow="fold") for name in ("server", "address")]
+    table = Table(*whole, "device", "run", "stages", "heard", title="Servers", title_justify="left")
     for server in reply.servers:
         threads = server.device.threads
         device = f"{server.device.kind}, {threads} thread{'s' * (threads != 1)}" if threads else server.device.kind
