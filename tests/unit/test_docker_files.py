@@ -137,7 +137,7 @@ def test_images_are_pinned_and_ours_have_the_version_of_the_code(configuration: 
         if image.startswith("gradwire/"):
             assert tag.removesuffix("-cuda") == version("gradwire"), name
     text = DOCKERFILE.read_text()
-    assert re.findall(r"^ARG VERSION=(.+)$", text, re.MULTILINE) == [version("gradwire")] * 4
+    assert set(re.findall(r"^ARG VERSION=(.+)$", text, re.MULTILINE)) == {version("gradwire")}
     assert re.search(r"^ARG BASE_IMAGE=python:3\.11\.\d+-slim-\w+$", text, re.MULTILINE)
 
 
