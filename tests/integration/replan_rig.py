@@ -8,21 +8,23 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from kept_exports import keep_exports
+from cluster_in_process import Rig, cluster_in_process
 
 from gradwire_coordinator.replan import Basis, NewLayout
 from gradwire_coordinator.ways import Servers
 from gradwire_protocol.v1 import stage_pb2
 from gradwire_stage.run_state import RunState
+from gradwire_stage.service import StageService
 
 NODE_SECONDS = 0.0005
 
 
 @pytest.fixture(scope="module")
-def export_once() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        keep_exports(patch)
-        yield
+def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    directory = tmp_path_factory.mktemp("cluster")
+    services: list[StageService] = []
+    with cluster_in_process(directory, 4, services, heartbeat_seconds=0.2) as cluster:
+        yield Rig(cluster, services, directory)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stage_cluster import StageServer, Stream
+from stage_cluster import Connected, StageServer, Stream
 
 from gradwire_protocol.delivery import FrameSender
 from gradwire_protocol.frames import Admission, FrameAssembler
@@ -113,7 +113,7 @@ def adam(learning_rate: float) -> run_pb2.OptimizerGroup:
     return run_pb2.OptimizerGroup(parameters=list(SHAPES), settings=[setting])
 
 
-class Grid:
+class Grid(Connected):
     """Servers by (replica, position, shard), and the client's and the coordinator's side of one run."""
 
     def __init__(
@@ -129,17 +129,6 @@ class Grid:
         self.streams: dict[tuple[int, int, int], Stream] = {}
         self.senders: dict[tuple[int, int, int], FrameSender] = {}
         self.entry = 0
-
-    def __enter__(self) -> Grid:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for sender in self.senders.values():
-            sender.cancel()
-        for stream in self.streams.values():
-            stream.call.cancel()
-        for server in self.servers.values():
-            server.stop()
 
     def request(self, place: tuple[int, int, int]) -> stage_pb2.PrepareRequest:
         stages = self.positions[place[1]]

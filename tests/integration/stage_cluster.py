@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import grpc
 import torch
@@ -135,7 +135,26 @@ class Stream:
         self._requests.put(None)
 
 
-class Cluster:
+class Connected:
+    """Servers, and a coordinator's and a client's connections to them; all of it ends with the `with` block."""
+
+    servers: Mapping[Any, RemoteServer]
+    streams: Mapping[Any, Stream]
+    senders: Mapping[Any, FrameSender]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for sender in self.senders.values():
+            sender.cancel()
+        for stream in self.streams.values():
+            stream.call.cancel()
+        for server in self.servers.values():
+            server.stop()
+
+
+class Cluster(Connected):
     """Servers that host the three stages as told, and the client's and the coordinator's side of one run."""
 
     checksums = False
@@ -167,17 +186,6 @@ class Cluster:
         self.streams: dict[str, Stream] = {}
         self.senders: dict[str, FrameSender] = {}
         self.entry = 0
-
-    def __enter__(self) -> Cluster:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for sender in self.senders.values():
-            sender.cancel()
-        for stream in self.streams.values():
-            stream.call.cancel()
-        for server in self.servers.values():
-            server.stop()
 
     def request(self, name: str, *, run: str = "r", generation: int = 1) -> stage_pb2.PrepareRequest:
         stages = self.layout[name]

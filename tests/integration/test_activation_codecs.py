@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from kept_exports import keep_exports
 from stage_cluster import Cluster, wait_until
 from stage_model import Reference
 from torch import nn
@@ -120,13 +118,6 @@ CONTEXT = 32
 @pytest.fixture(scope="module")
 def cluster(four_processes: gradwire.Cluster) -> gradwire.Cluster:
     return four_processes
-
-
-@pytest.fixture(scope="module", autouse=True)
-def export_once() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        keep_exports(patch)
-        yield
 
 
 @functools.cache

@@ -17,17 +17,9 @@ from equivalence_subject import (
     random_cuts,
     regression_batch,
 )
-from kept_exports import keep_exports
 from torch import nn
 
 import gradwire
-
-
-@pytest.fixture(scope="module", autouse=True)
-def export_once() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        keep_exports(patch)
-        yield
 
 
 @pytest.fixture(scope="module")

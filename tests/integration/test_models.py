@@ -20,14 +20,13 @@ import zoo_huggingface
 import zoo_refused
 import zoo_torch
 from cluster_in_process import cluster_in_process
-from kept_exports import keep_exports
 from model_table import TABLE, table
 from model_zoo import Batch, Kind, Refused
 from torch import nn
 from torch.utils import _pytree as pytree
 
 import gradwire
-from gradwire.graph import ExportedModel, Unbatched, export_model
+from gradwire.graph import Unbatched, export_model
 from gradwire_protocol.errors import ModelError
 
 pytestmark = pytest.mark.model
@@ -46,6 +45,8 @@ class Trained:
     losses: list[float] = dataclasses.field(default_factory=list)
     gradients: list[dict[str, torch.Tensor]] = dataclasses.field(default_factory=list)
     state: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    # Of the train graph, on a cluster.
+    allowed_cuts: list[int] = dataclasses.field(default_factory=list)
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +122,7 @@ def on_cluster(
             made.losses.append(result.loss)
             made.gradients.append(gradients)
         made.state = trainer.state_dict()
+        made.allowed_cuts = list(trainer.exported.proto.train.allowed_cuts)
     return made
 
 
@@ -150,16 +152,8 @@ def check_equal(
         torch.testing.assert_close(made.state[name], tensor, rtol=tolerance, atol=tolerance, msg=f"state: {name}")
 
 
-@pytest.fixture
-def export_once(monkeypatch: pytest.MonkeyPatch) -> dict[int, ExportedModel]:
-    """Both plans of a model take the same export."""
-    return keep_exports(monkeypatch)
-
-
 @pytest.mark.parametrize("name", KINDS)
-def test_a_kind_of_model_trains_as_in_one_process(
-    cluster: gradwire.Cluster, export_once: dict[int, ExportedModel], name: str
-) -> None:
+def test_a_kind_of_model_trains_as_in_one_process(cluster: gradwire.Cluster, name: str) -> None:
     kind = KINDS[name]
     if "Hugging Face" in name and importlib.util.find_spec("transformers") is None:
         pytest.skip("transformers is not installed (it comes with the extra 'examples')")
@@ -167,8 +161,7 @@ def test_a_kind_of_model_trains_as_in_one_process(
     model = kind.make().double()
     made = on_cluster(cluster, kind, model, FIVE, gradwire.Plan(stages=2, microbatches=5))
     check_kind(kind, model, made, FIVE, 5)
-    allowed = list(export_once[id(model)].proto.train.allowed_cuts)
-    cuts = tuple(sorted(random.Random(zlib.crc32(name.encode())).sample(allowed, 2)))
+    cuts = tuple(sorted(random.Random(zlib.crc32(name.encode())).sample(made.allowed_cuts, 2)))
     made = on_cluster(cluster, kind, model, TWO, gradwire.Plan(stages=3, microbatches=2, cuts=cuts))
     check_kind(kind, model, made, TWO, 2)
 

@@ -5,7 +5,6 @@ Where time matters, servers take half a millisecond for each node, or more, so t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checkpoint_subject import adamw, make_batches, make_model
-from cluster_in_process import Rig, cluster_in_process
+from cluster_in_process import Rig
 from equivalence_subject import (
     KINDS,
     OPTIMIZERS,
@@ -29,18 +28,8 @@ import gradwire
 from gradwire_coordinator.log import RunLog
 from gradwire_protocol.errors import GradwireError, PlanError, SettingsError, StageFailed
 from gradwire_stage.run_state import RunState
-from gradwire_stage.service import StageService
 
 pytest_plugins = ("replan_rig",)
-pytestmark = pytest.mark.usefixtures("export_once")
-
-
-@pytest.fixture(scope="module")
-def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    directory = tmp_path_factory.mktemp("cluster")
-    services: list[StageService] = []
-    with cluster_in_process(directory, 3, services, heartbeat_seconds=0.2) as cluster:
-        yield Rig(cluster, services, directory)
 
 
 def nodes(trainer: gradwire.Trainer) -> list[int]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from cluster_in_process import Rig, cluster_in_process
+from cluster_in_process import Rig
 from cluster_processes import wait_until_free
 from equivalence_subject import KINDS, OPTIMIZERS, allowed_cuts, batches, check_equal, kept_model, one_process
 from torch import nn
@@ -16,18 +15,8 @@ import gradwire
 from gradwire.checkpoint.run import RunCheckpoints
 from gradwire_coordinator.log import RunLog
 from gradwire_protocol.errors import CheckpointError, PlanError
-from gradwire_stage.service import StageService
 
 pytest_plugins = ("replan_rig",)
-pytestmark = pytest.mark.usefixtures("export_once")
-
-
-@pytest.fixture(scope="module")
-def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    directory = tmp_path_factory.mktemp("cluster")
-    services: list[StageService] = []
-    with cluster_in_process(directory, 4, services, heartbeat_seconds=0.2) as cluster:
-        yield Rig(cluster, services, directory)
 
 
 def make_trainer(

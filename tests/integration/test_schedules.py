@@ -15,18 +15,10 @@ import torch.nn.functional as F
 from checkpoint_subject import Model, make_batches, sgd
 from cluster_in_process import cluster_in_process
 from equivalence_subject import check_equal, on_cluster, one_process, random_cuts
-from kept_exports import keep_exports
 
 import gradwire
 from gradwire_protocol.activities import stage_lines
 from gradwire_protocol.errors import PlanError
-
-
-@pytest.fixture(scope="module", autouse=True)
-def export_once() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        keep_exports(patch)
-        yield
 
 
 @pytest.fixture(scope="module")

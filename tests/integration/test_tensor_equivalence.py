@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from cluster_in_process import cluster_in_process
 from cluster_processes import failure, process_of, wait_until_free
-from kept_exports import keep_exports
 from torch import nn
 
 import gradwire
@@ -135,13 +134,6 @@ def one_process(kind: str) -> Steps:
 @pytest.fixture(scope="module")
 def services() -> list[StageService]:
     return []
-
-
-@pytest.fixture(scope="module", autouse=True)
-def export_once() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        keep_exports(patch)
-        yield
 
 
 @pytest.fixture(scope="module")

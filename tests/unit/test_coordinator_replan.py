@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 from graph_text import chain_model, plan
+from planner_requests import servers
 
 from gradwire_coordinator.costs import ESTIMATED, MEASURED, NodeCosts, Rates
 from gradwire_coordinator.entries import EntryRules
 from gradwire_coordinator.layout import lay_out
 from gradwire_coordinator.model_checks import check_model
 from gradwire_coordinator.planner import PlannedRun, plan_run
-from gradwire_coordinator.registry import Server
 from gradwire_coordinator.replan import Basis, new_plan, plan_anew, reload_plan
 from gradwire_coordinator.tensor.sharded_model import shard_model
 from gradwire_coordinator.ways import Servers
@@ -40,22 +40,8 @@ def basis(**changes: Any) -> Basis:
     costs = NodeCosts(2, each, each, each, np.full(NODES + 1, 100), ESTIMATED)
     known = Servers(rates=[Rates(1e9, 1e9)] * 2, memory_bytes=[0] * 2, costs=[costs] * 2, links={})
     model = shard_model(check_model(asked.model), asked.plan)
-    planned = plan_run(asked, model, [(server(position),) for position in range(2)], known)
+    planned = plan_run(asked, model, servers(2), known)
     return Basis(asked, planned, lay_out("r", 1, asked, planned))
-
-
-def server(position: int) -> Server:
-    return Server(
-        server=f"stage-{position}",
-        role=pb.SERVER_ROLE_STAGE,
-        address=f"127.0.0.1:{9000 + position}",
-        metrics_address="",
-        device=pb.DeviceInfo(kind="cpu", threads=1),
-        version="test",
-        heard_at=0.0,
-        progressed_at=0.0,
-        client_progressed_at=0.0,
-    )
 
 
 def timings(made: Basis, factors: tuple[float, float]) -> run_pb2.EntryResult:
@@ -169,7 +155,7 @@ def of_replicas(factors: tuple[float, float]) -> Basis:
     costs = NodeCosts(2, each, each, each, np.full(NODES + 1, 100), ESTIMATED)
     known = Servers(rates=[Rates(1e9, 1e9)] * 2, memory_bytes=[0] * 2, costs=[costs] * 2, links={})
     model = shard_model(check_model(asked.model), asked.plan)
-    planned = plan_run(asked, model, [(server(position),) for position in range(2)], known)
+    planned = plan_run(asked, model, servers(2), known)
     assert list(planned.shares) == [0.5, 0.5]
     made = Basis(asked, planned, lay_out("r", 1, asked, planned))
     for _ in range(4):
