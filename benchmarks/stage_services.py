@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from typing import Any
 
 from gradwire_protocol.channels import open_channel
 from gradwire_protocol.handover import default_directory
@@ -12,6 +11,7 @@ from gradwire_protocol.serving import Service, ServiceSettings
 from gradwire_protocol.v1 import stage_pb2
 from gradwire_stage.device import CpuDevice
 from gradwire_stage.metrics import StageMetrics
+from gradwire_stage.run_state import RunState
 from gradwire_stage.service import Limits, StageService
 from gradwire_stage.shared_memory import SharedMemory, SharedMemorySettings
 
@@ -40,10 +40,13 @@ class BenchmarkServer:
         self._service.start()
         self.address = self._service.address
 
-    def prepare(self, request: stage_pb2.PrepareRequest) -> Any:
+    def prepare(self, request: stage_pb2.PrepareRequest) -> RunState:
         """Prepare a run; return its state, which is as a compute thread finds it."""
         self._stage_service.Prepare(request, None)
-        return self._stage_service._held.executor.run  # type: ignore[union-attr]  # no other way in without a coordinator
+        prepared = self._stage_service.holder.current
+        if prepared is None:
+            raise RuntimeError(f"run {request.run} has ended before it was used")
+        return prepared.run
 
 
 def _shared_memory() -> SharedMemory:
