@@ -121,7 +121,7 @@ class Members:
         for process in self._processes:
             line = process.stdout.readline() if process.stdout is not None else ""
             if not line:
-                raise RuntimeError(f"{process.args} has ended: its standard error says why")
+                raise RuntimeError(f"{process.args!r} has ended: its standard error says why")
             answers.append(json.loads(line))
         return answers
 
@@ -285,7 +285,7 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
         1, len(pictures), figsize=(4.5 * len(pictures), 4.8), layout="constrained", squeeze=False
     )
     ways = list(dict.fromkeys(row["way"] for row in rows))
-    colours = dict(zip(ways, plt.get_cmap("tab10").colors, strict=False))
+    colours = dict(zip(ways, mpl.color_sequences["tab10"], strict=False))
     for axes, (title, (shown, label)) in zip(grid[0], pictures.items(), strict=True):
         groups = list(dict.fromkeys(map(label, shown)))
         mine = list(dict.fromkeys(row["way"] for row in shown))

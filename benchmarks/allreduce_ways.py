@@ -17,9 +17,8 @@ from gradwire_protocol.program import REDUCE, Action
 from gradwire_protocol.serving import ServiceSettings
 from gradwire_protocol.v1 import graph_pb2, run_pb2, stage_pb2
 from gradwire_protocol.v1 import tensors_pb2 as pb
-from gradwire_stage.device import HostClock
 from gradwire_stage.metrics import RECEIVED
-from gradwire_stage.timeline import Timeline
+from gradwire_stage.timeline import HostClock, Timeline
 from stage_services import BenchmarkServer
 
 GRADWIRE, MEMORY, GLOO = "gradwire", "gradwire-memory", "gloo"

@@ -111,7 +111,8 @@ def main() -> None:
             wait = _IDLE_SECONDS if next_arrival is None else max(0.0, next_arrival - time.monotonic())
             for key, _ in selector.select(wait):
                 if key.data is not None:
-                    _take(*key.data, bytes_per_second, delay)
+                    source, target = key.data
+                    _take(source, target, bytes_per_second, delay)
                     continue
                 line = sys.stdin.readline()
                 if not line:

@@ -178,7 +178,7 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
     links = list(dict.fromkeys(row["link"] for row in rows))
     # What needs no network is the same everywhere, but for the machine's mood.
     names = [name for name in dict.fromkeys(row["contender"] for row in rows) if name not in (NO_NETWORK, ALONE, ONE)]
-    colours = plt.get_cmap("tab10").colors
+    colours = mpl.color_sequences["tab10"]
     width = 0.8 / len(names)
     for place, name in enumerate(names):
         mine = {row["link"]: row["tokens a second"] for row in rows if row["contender"] == name}
@@ -189,7 +189,7 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
     for group, link in enumerate(links):
         alone = {row["contender"]: row["tokens a second"] for row in rows if row["link"] == link}
         for name, style in ((ONE, ":"), (ALONE, "--")):
-            label = name if group == 0 else None
+            label = name if group == 0 else ""
             axes.hlines(alone[name], group - 0.45, group + 0.45, color="#555555", linestyle=style, label=label)
     axes.set_xticks(range(len(links)), links)
     axes.set_ylabel("tokens a second")

@@ -56,7 +56,7 @@ def make_step(name: str, rank: int) -> Callable[[], None]:
         parts = zip(inputs.tensor_split(count), targets.tensor_split(count), strict=True)
         for number, (x, y) in enumerate(parts):
             with quiet() if number < count - 1 else contextlib.nullcontext():
-                (next_byte_loss(model(x), y) * (len(x) / len(inputs))).backward()
+                (next_byte_loss(model(x), y) * (len(x) / len(inputs))).backward()  # type: ignore[no-untyped-call]  # torch's
         optimizer.step()
         optimizer.zero_grad()
 

@@ -59,7 +59,8 @@ class Layer(nn.Module):
         self.weight = nn.Parameter(torch.zeros(WIDTH))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return slumber(x, self.weight, self.seconds)
+        y: torch.Tensor = slumber(x, self.weight, self.seconds)
+        return y
 
 
 def besides(repeats: int = 50) -> tuple[float, float]:

@@ -115,7 +115,7 @@ def one_process(micro_batches: int) -> Callable[[], None]:
 
     def step() -> None:
         for x, y in zip(inputs.tensor_split(micro_batches), targets.tensor_split(micro_batches), strict=True):
-            (next_byte_loss(model(x), y) * (len(x) / BATCH)).backward()
+            (next_byte_loss(model(x), y) * (len(x) / BATCH)).backward()  # type: ignore[no-untyped-call]  # torch's
         optimizer.step()
         optimizer.zero_grad()
 
@@ -155,10 +155,11 @@ def torch_pipeline(name: str, rank: int) -> Callable[[], None]:
     model, size = make_model(), SHAPE.layers // total
     parts = [Part(model, i * size, (i + 1) * size) for i in mine]
     stages = [PipelineStage(part, i, total, torch.device("cpu")) for i, part in zip(mine, parts, strict=True)]
+    schedule: Schedule1F1B | ScheduleZBVZeroBubble
     if stages_each == 1:
         schedule = Schedule1F1B(stages[0], MICRO_BATCHES, loss_fn=next_byte_loss)
     else:
-        schedule = ScheduleZBVZeroBubble(stages, MICRO_BATCHES, loss_fn=next_byte_loss)
+        schedule = ScheduleZBVZeroBubble([*stages], MICRO_BATCHES, loss_fn=next_byte_loss)
     parameters = [parameter for part in parts for parameter in part.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
     inputs, targets = make_batch()

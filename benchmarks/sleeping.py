@@ -70,7 +70,8 @@ class Sleeper(nn.Module):
         self.weight = nn.Parameter(torch.zeros(WIDTH))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nap(x + self.weight)
+        y: torch.Tensor = nap(x + self.weight)
+        return y
 
 
 def make_batch() -> tuple[torch.Tensor, torch.Tensor]:

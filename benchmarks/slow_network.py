@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import itertools
 import statistics
@@ -79,12 +80,12 @@ def measure(
         contenders: dict[str, Callable[[int], float]] = {}
         for codec in CODECS:
             trainer = make_trainer(stack, cluster, codec)
-            contenders[codec] = lambda count, trainer=trainer: run(trainer, count)
+            contenders[codec] = functools.partial(run, trainer)
         contenders[TORCH] = stack.enter_context(Peer(TORCH, inside=inside)).run
         for rate in megabits:
             shape(rate * 1e6)
             automatic = make_trainer(stack, cluster, AUTO)
-            contenders[AUTO] = lambda count, trainer=automatic: run(trainer, count)
+            contenders[AUTO] = functools.partial(run, automatic)
             print(f"{rate:g} Mbit/s, {delay_ms:g} ms: {', '.join(boundary_lines(automatic.plan))}", flush=True)
             found: dict[str, list[float]] = {name: [] for name in contenders}
             for contender in contenders.values():
@@ -122,7 +123,7 @@ def measure_all(megabits: Sequence[float], delays_ms: Sequence[float], rounds: i
                     bring_up(host)
                 rows += measure(
                     network,
-                    lambda bits, link=link, delay=delay: link.shape(bits, delay / 1e3),
+                    functools.partial(link.shape, delay_seconds=delay / 1e3),
                     delay,
                     megabits,
                     rounds,

@@ -64,8 +64,8 @@ def _convolution_backward(
 
 
 # As long as this lives, so do the kernels.
-_kernels = torch.library.Library("aten", "IMPL")
-_kernels.impl("convolution_backward", _convolution_backward, "CPU")
+_kernels = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]  # torch's
+_kernels.impl("convolution_backward", _convolution_backward, "CPU")  # type: ignore[no-untyped-call]  # torch's
 
 
 class Layer(nn.Module):
@@ -77,7 +77,8 @@ class Layer(nn.Module):
         self.product = nn.Conv1d(1, 1, 1, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return doze(self.product(x if self.shift is None else x + self.shift))
+        y: torch.Tensor = doze(self.product(x if self.shift is None else x + self.shift))
+        return y
 
 
 def make_layers(processes: int) -> list[Layer]:

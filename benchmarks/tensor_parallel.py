@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import statistics
 from collections.abc import Iterator
@@ -96,11 +97,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with contextlib.ExitStack() as stack:
-        tensor = {"tensor": SERVERS, "microbatches": MICRO_BATCHES}
+        over_grpc = gradwire.Plan(tensor=SERVERS, microbatches=MICRO_BATCHES, transport="grpc")
         contenders = {
-            SHARED: make_contender(stack, gradwire.Plan(**tensor, transport="grpc")),
-            GRPC: make_contender(stack, gradwire.Plan(**tensor, transport="grpc"), shared_memory=False),
-            GLOO: make_contender(stack, gradwire.Plan(**tensor, transport="gloo")),
+            SHARED: make_contender(stack, over_grpc),
+            GRPC: make_contender(stack, over_grpc, shared_memory=False),
+            GLOO: make_contender(stack, dataclasses.replace(over_grpc, transport="gloo")),
             PIPELINE: make_contender(stack, gradwire.Plan(stages=SERVERS, microbatches=MICRO_BATCHES)),
             DTENSOR: stack.enter_context(Peer(DTENSOR, processes=SERVERS, script=PEERS_SCRIPT)).run,
             ONE: stack.enter_context(Peer(ONE)).run,

@@ -56,7 +56,7 @@ def make_step() -> Callable[[], None]:
 
     def step() -> None:
         for x, y in zip(inputs.tensor_split(MICRO_BATCHES), targets.tensor_split(MICRO_BATCHES), strict=True):
-            (next_byte_loss(model(x), y) * (len(x) / BATCH)).backward()
+            (next_byte_loss(model(x), y) * (len(x) / BATCH)).backward()  # type: ignore[no-untyped-call]  # torch's
         optimizer.step()
         optimizer.zero_grad()
 

@@ -112,7 +112,7 @@ def _give(side: subprocess.Popen[str], line: dict[str, Any]) -> None:
 def _take(side: subprocess.Popen[str]) -> dict[str, Any]:
     line = side.stdout.readline() if side.stdout is not None else ""
     if not line:
-        raise RuntimeError(f"{side.args} has ended: its standard error says why")
+        raise RuntimeError(f"{side.args!r} has ended: its standard error says why")
     found: dict[str, Any] = json.loads(line)
     return found
 

@@ -148,7 +148,8 @@ class GeneratedReceiver:
         self._servicer = _Assembling()
         options = _with(SERVER_OPTIONS, "grpc.max_receive_message_length", 2**30)
         self._server = grpc.server(futures.ThreadPoolExecutor(4), options=options)
-        stage_pb2_grpc.add_StageServiceServicer_to_server(self._servicer, self._server)
+        add = stage_pb2_grpc.add_StageServiceServicer_to_server
+        add(self._servicer, self._server)  # type: ignore[no-untyped-call]
         self.address = bind(self._server, "127.0.0.1:0", tls)
         self._server.start()
 
@@ -168,7 +169,7 @@ class GeneratedSender:
             self._channel = grpc.secure_channel(
                 address, grpc.ssl_channel_credentials(authority, key, certificate), options=options
             )
-        stub = stage_pb2_grpc.StageServiceStub(self._channel)
+        stub = stage_pb2_grpc.StageServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._receipts = stub.Deliver(self._frames(), wait_for_ready=True)
         threading.Thread(target=lambda: list(self._receipts), daemon=True).start()
 
@@ -285,7 +286,7 @@ class TcpReceiver:
     def receive(self, size: int) -> torch.Tensor:
         connection = self._connecting.result()
         buffer = _buffer(self._kept, size)
-        view = memoryview(buffer.numpy()).cast("B")
+        view = memoryview(buffer.numpy().data).cast("B")
         while view.nbytes:
             view = view[connection.recv_into(view) :]
         return buffer
@@ -302,7 +303,7 @@ class TcpSender:
         self._connection = _encrypted(connection, tls, server=False)
 
     def send(self, tensor: torch.Tensor) -> None:
-        self._connection.sendall(memoryview(tensor.numpy()).cast("B"))
+        self._connection.sendall(memoryview(tensor.numpy().data).cast("B"))
 
 
 def _encrypted(connection: socket.socket, tls: TlsFiles | None, *, server: bool) -> socket.socket:
