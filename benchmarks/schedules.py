@@ -1,9 +1,10 @@
 """Every schedule as measured, beside its simulation, its theory, and torch.distributed.pipelining's own over gloo.
 
 Two works, one a run: `gpt`, the 6.5 M-parameter GPT on 2 processes with a thread each, beside one such process alone;
-and `sleeping`, layers that only sleep (split_sleeping.py): 5 ms forward, 5 ms for input gradients and 5 ms for weight
-gradients a process and micro-batch, 16 micro-batches, on 2, 4 and 8 processes. What is ours is asked for by a plan, as
-any other, on the same servers; simulated is what `trainer.plan` expects before the first step.
+and `sleeping`, layers that only sleep (split_sleeping.py): 20 ms forward, as long for input gradients and for weight
+gradients a process and micro-batch, 16 micro-batches, on 2, 4 and 8 processes. (What an action costs beside its work is
+another benchmark's question, overhead.py; `--milliseconds 5` makes it one of this too.) What is ours is asked for by a
+plan, as any other, on the same servers; simulated is what `trainer.plan` expects before the first step.
 
 A step's time is that of one alone, from the first process's start to the last one's end; the period that between two
 ends where steps follow one another. A bubble is the share of a step in which a process was not in its stages or its
@@ -52,7 +53,7 @@ OF_BOUND, BOUND_AT = 0.95, (4, 8)
 def bound_seconds(placement: Placement) -> float:
     """The least that a step of sleeping layers takes on these processes, whatever the order of its actions."""
     each = len(placement) // (1 + max(placement))
-    part = split_sleeping.PART_SECONDS * split_sleeping.LAYERS_A_PROCESS / each
+    part = split_sleeping.part_seconds() * split_sleeping.LAYERS_A_PROCESS / each
     stages = (StageSeconds.in_parts(part, part, part),) * len(placement)
     links = (LinkSeconds(0, 0, 0),) * (len(placement) - 1)
     costs = StepCosts(placement, stages, links, (StageBytes(0, 0),) * len(placement))
@@ -164,6 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", choices=(GPT, SLEEPING))
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4, 8], metavar="P", help="of sleeping layers")
+    parser.add_argument("--milliseconds", type=float, default=20.0, help="F, I and W of a process that sleeps")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="steps a round, alone and one after the other")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the bubbles, as SVG (needs matplotlib)")
@@ -174,6 +176,8 @@ def main() -> None:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     if arguments.work == SLEEPING:
+        seconds = arguments.milliseconds / 1e3 / split_sleeping.LAYERS_A_PROCESS
+        os.environ[split_sleeping.PART_SECONDS] = str(seconds)
         forward, part = split_sleeping.besides()
         os.environ[split_sleeping.BESIDES] = f"{forward},{part}"
         print(f"taken off the sleeps, as measured in plain torch: {1e3 * forward:.3f} and {1e3 * part:.3f} ms")
@@ -185,7 +189,8 @@ def main() -> None:
         )
     title = {
         GPT: f"GPT, {SHAPE.layers} layers of width {SHAPE.width}, batch {BATCH}, {MICRO_BATCHES} micro-batches",
-        SLEEPING: f"Layers that only sleep: 5 ms F, I and W a process, {sleeping.MICRO_BATCHES} micro-batches",
+        SLEEPING: f"Layers that only sleep: {arguments.milliseconds:g} ms F, I and W a process, "
+        f"{sleeping.MICRO_BATCHES} micro-batches",
     }[arguments.work]
     if arguments.plot:
         draw(title, rows, arguments.plot)

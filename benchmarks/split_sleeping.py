@@ -1,11 +1,12 @@
 """A chain of layers that only sleep, whose backward can be in two parts: for us and for torch's pipelining alike.
 
-A layer takes 2.5 ms forward, 2.5 ms for the gradient of its input (I) and 2.5 ms for that of its weight (W); a process
-has two of them, in one stage or in two. Forward it sleeps in an operator of torch.library. Backward it sleeps in
-torch's own backward of a convolution, the one operator that is told which of the gradients it shall make: this module
-puts a kernel in its place that sleeps 2.5 ms for each. Whoever runs a backward, in one piece (5 ms) or in two, and by
-whatever means, comes by there: a stage server, torch's `stage_backward_input` and `stage_backward_weight`, and autograd
-itself. Our stage servers import this module for it. It is for processes that have no other convolutions.
+A layer takes 10 ms forward, as long for the gradient of its input (I), and as long for that of its weight (W), unless
+the environment says otherwise; a process has two of them, in one stage or in two. A stage of the small GPT takes 25 to
+40 ms for each. Forward a layer sleeps in an operator of torch.library. Backward it sleeps in torch's own backward of a
+convolution, the one operator that is told which of the gradients it shall make: this module puts a kernel in its place
+that sleeps for each. Whoever runs a backward, in one piece or in two, and by whatever means, comes by there: a stage
+server, torch's `stage_backward_input` and `stage_backward_weight`, and autograd itself. Our stage servers import this
+module for it. It is for processes that have no other convolutions.
 """
 
 from __future__ import annotations
@@ -19,17 +20,23 @@ from torch import nn
 
 from sleeping import MICRO_BATCHES, WIDTH, exactly
 
-PART_SECONDS = 0.0025
 LAYERS_A_PROCESS = 2
+# In the environment of all processes: what a layer sleeps forward, and for each part of a backward, in seconds.
+PART_SECONDS = "GRADWIRE_BENCHMARK_PART_SECONDS"
 # What a layer takes besides its sleeps, "forward,part of a backward" in seconds, as in sleeping.py.
 BESIDES = "GRADWIRE_BENCHMARK_PARTS_BESIDES"
 _forward_besides, _part_besides = map(float, os.environ.get(BESIDES, "0,0").split(","))
 
 
+def part_seconds() -> float:
+    """Return what a layer sleeps forward, and for each part of a backward."""
+    return float(os.environ.get(PART_SECONDS, "0.01"))
+
+
 @torch.library.custom_op("gradwire_benchmark::doze", mutates_args=())
 def doze(x: torch.Tensor) -> torch.Tensor:
-    """Its argument, 2.5 ms later; its gradient at once."""
-    exactly(PART_SECONDS - _forward_besides)
+    """Its argument, a while later; its gradient at once."""
+    exactly(part_seconds() - _forward_besides)
     return x.clone()
 
 
@@ -54,10 +61,10 @@ def _convolution_backward(
     groups: int,
     wanted: Sequence[bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
-    """The gradients of a convolution with one channel and a kernel of one element; 2.5 ms for each that is wanted."""
+    """The gradients of a convolution with one channel and a kernel of one element; a while for each that is wanted."""
     if weight.numel() != 1 or wanted[2]:
         raise ValueError(f"Only a product with one number sleeps, not a convolution with {tuple(weight.shape)}")
-    exactly(sum(wanted[:2]) * (PART_SECONDS - _part_besides))
+    exactly(sum(wanted[:2]) * (part_seconds() - _part_besides))
     of_source = gradient * weight.view(()) if wanted[0] else None
     of_weight = torch.dot(gradient.flatten(), source.flatten()).view(weight.shape) if wanted[1] else None
     return of_source, of_weight, None
@@ -94,15 +101,15 @@ def make_batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 def besides(repeats: int = 50) -> tuple[float, float]:
     """Measure what a layer takes besides its sleeps, (forward, half of a backward) in seconds: the least of many."""
-    layer, (inputs, _) = Layer(first=True), make_batch()
+    layer, (inputs, _), seconds = Layer(first=True), make_batch(), part_seconds()
     forward, backward = [], []
     for _ in range(repeats):
         began = time.perf_counter()
         made = layer(inputs[:1])
         between = time.perf_counter()
         made.backward(made)
-        forward.append(between - began - PART_SECONDS)
-        backward.append(time.perf_counter() - between - 2 * PART_SECONDS)
+        forward.append(between - began - seconds)
+        backward.append(time.perf_counter() - between - 2 * seconds)
     return min(forward), min(backward) / 2
 
 

@@ -21,7 +21,7 @@ THEORY = {"gpipe": 3, "1f1b": 3, "interleaved-1f1b": 1.5, "zb-h1": 1, "zb-v": 0.
 def test_it_measures_every_schedule_and_writes_down_what_it_finds(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     files = {flag: tmp_path / flag for flag in ("json", "plot")}
-    flags = ["sleeping", "--processes", "2", "--rounds", "1", "--steps", "1"]
+    flags = ["sleeping", "--milliseconds", "5", "--processes", "2", "--rounds", "1", "--steps", "1"]
     # Not in this process: it puts a kernel of its own in the place of torch's.
     done = subprocess.run(
         [sys.executable, str(BENCHMARK), *flags, "--json", str(files["json"]), "--plot", str(files["plot"])],
