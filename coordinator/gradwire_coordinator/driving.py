@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import queue
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,6 +20,26 @@ from gradwire_protocol.v1 import run_pb2
 
 # A client hears from its stream at least this often.
 SIGN_SECONDS = 1.0
+
+
+def first_message(requests: Iterator[pb.DriveRequest], seconds: float) -> pb.DriveRequest | None:
+    """Return the first message of a stream; None: it ended without one. FrameError if none comes in time."""
+    found: queue.SimpleQueue[pb.DriveRequest | None] = queue.SimpleQueue()
+
+    def read() -> None:
+        # A stream that breaks raises here.
+        with contextlib.suppress(grpc.RpcError):
+            found.put(next(requests, None))
+
+    # The stream's end ends it, at the latest.
+    in_background(read)
+    try:
+        return found.get(timeout=seconds)
+    except queue.Empty:
+        raise FrameError(
+            "A Drive stream was opened, and nothing sent",
+            expected=f"a message that names its run, within {seconds:g} s",
+        ) from None
 
 
 def drive(

@@ -18,7 +18,7 @@ from typing import Any
 import structlog
 
 from gradwire_coordinator.cost_book import CostBook
-from gradwire_coordinator.driving import drive, in_background
+from gradwire_coordinator.driving import drive, first_message, in_background
 from gradwire_coordinator.history import earlier_runs
 from gradwire_coordinator.identity import check_identity
 from gradwire_coordinator.layout import Layout, lay_out
@@ -43,6 +43,7 @@ from gradwire_coordinator.tensor_groups import make_units
 from gradwire_protocol.checkpoint.root import CheckpointRoot
 from gradwire_protocol.errors import PlanError, Unreachable
 from gradwire_protocol.peer_roles import Peer
+from gradwire_protocol.stream_limit import StreamLimit
 from gradwire_protocol.v1 import coordinator_pb2 as pb
 from gradwire_protocol.v1 import coordinator_pb2_grpc, run_pb2
 
@@ -50,6 +51,9 @@ _log = structlog.get_logger(__name__)
 
 SWEEP_SECONDS = 1.0
 UNDRIVEN_SECONDS = 60.0
+# Of Drive, at once; and how long one may keep its first message.
+_STREAMS = 448
+_FIRST_MESSAGE_SECONDS = 10.0
 _FIRST_GENERATION = 1
 _LATE_SECONDS = 1.0
 # Of creating a run, where servers turn out not to answer.
@@ -71,6 +75,8 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         costs: CostBook | None = None,
         undriven_seconds: float = UNDRIVEN_SECONDS,
         sweep_seconds: float = SWEEP_SECONDS,
+        streams: int = _STREAMS,
+        first_message_seconds: float = _FIRST_MESSAGE_SECONDS,
     ) -> None:
         self._registry = registry
         self._replanner = Replanner()
@@ -79,6 +85,8 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         self._version = version
         self._undriven_seconds = undriven_seconds
         self._sweep_seconds = sweep_seconds
+        self._streams = StreamLimit(streams, "Drive streams")
+        self._first_message_seconds = first_message_seconds
         self._context = RunContext(
             log=log,
             connect=connect,
@@ -225,10 +233,10 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         return run, layout
 
     def Drive(self, requests: Iterator[pb.DriveRequest], context: Any) -> Iterator[pb.DriveReply]:
-        first = next(requests, None)
-        if first is None:
-            return
-        yield from drive(self._runs.get(first.run), first, requests, context)
+        with self._streams:
+            first = first_message(requests, self._first_message_seconds)
+            if first is not None:
+                yield from drive(self._runs.get(first.run), first, requests, context)
 
     def Replan(self, request: pb.ReplanRequest, context: Any) -> pb.ReplanReply:
         return self._replanner.replan(self._runs.get(request.run), request.minimum_gain, reloads=request.reloads)

@@ -6,11 +6,10 @@ message belongs to is the service's to say; what becomes of it, the run's.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
-from gradwire_protocol.errors import FrameError, LimitExceeded
+from gradwire_protocol.errors import FrameError
 from gradwire_protocol.frames import Admission, FrameAssembler, encode_first_frame
 from gradwire_protocol.local_stream import MAXIMUM_KINDS, ShortFrame
 from gradwire_protocol.v1 import tensors_pb2 as pb
@@ -151,24 +150,3 @@ class Intake:
             run.mailbox.end(inflow)
             run.shared.end(self)
         self._run = self._inflow = self._reservation = None
-
-
-class StreamLimit:
-    """How many streams may be open at once. A context manager around each; LimitExceeded."""
-
-    def __init__(self, maximum: int) -> None:
-        self._maximum = maximum
-        self._lock = threading.Lock()
-        self._open = 0
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._open >= self._maximum:
-                raise LimitExceeded(
-                    "Too many Deliver streams are open at this server", expected=f"{self._maximum} at most"
-                )
-            self._open += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._open -= 1

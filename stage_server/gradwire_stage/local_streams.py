@@ -25,9 +25,10 @@ from gradwire_protocol.errors import GradwireError, InternalError, LimitExceeded
 from gradwire_protocol.handover import take_over
 from gradwire_protocol.local_stream import FIRST, QUIET_SECONDS, SHORT, ReceivingEnd
 from gradwire_protocol.shared_block import TICKET_BYTES, BlockError, unsupported
+from gradwire_protocol.stream_limit import StreamLimit
 from gradwire_protocol.v1 import stage_pb2
 from gradwire_stage.bell import Bell, PlainBell
-from gradwire_stage.intake import Intake, StreamLimit
+from gradwire_stage.intake import Intake
 from gradwire_stage.mailbox import HeldError
 from gradwire_stage.shared_memory import SharedMemory
 

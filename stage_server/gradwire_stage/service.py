@@ -23,12 +23,13 @@ from gradwire_protocol.errors import (
 )
 from gradwire_protocol.frames import encode_frames
 from gradwire_protocol.serving import register_with_raw_streams
+from gradwire_protocol.stream_limit import StreamLimit
 from gradwire_protocol.v1 import run_pb2, stage_pb2, stage_pb2_grpc
 from gradwire_protocol.v1 import tensors_pb2 as pb
 from gradwire_stage.device import Device
 from gradwire_stage.executor import Executor
 from gradwire_stage.holder import Holder
-from gradwire_stage.intake import Intake, StreamLimit
+from gradwire_stage.intake import Intake
 from gradwire_stage.kept_state import KeptState
 from gradwire_stage.links import MAXIMUM_LINKS, answer, measure_link
 from gradwire_stage.local_streams import LocalStreams
@@ -94,7 +95,7 @@ class StageService(stage_pb2_grpc.StageServiceServicer):
         self._checkpoint_root = checkpoint_root
         self._operators = operators
         self._shared_memory = shared_memory or SharedMemory.off()
-        self._streams = StreamLimit(limits.streams)
+        self._streams = StreamLimit(limits.streams, f"Deliver streams to server {server}")
         self._local_streams = LocalStreams(self._shared_memory, self._make_intake, self._streams)
         self.holder = Holder(server, limits.prepared_seconds)
         metrics.mailbox_bytes.set_function(self._mailbox_bytes)

@@ -23,6 +23,8 @@ from coordinator_cluster import (
 
 from gradwire_protocol.errors import (
     Aborted,
+    FrameError,
+    LimitExceeded,
     ModelError,
     RunNotFound,
     SettingsError,
@@ -253,3 +255,16 @@ def test_a_run_that_nobody_drives_ends(tmp_path: Path) -> None:
         wait_until(lambda: run_state(made) == coordinator_pb2.RUN_STATE_ENDED)
         assert "no client drove it" in made.status().runs[0].reason
         wait_until(lambda: free(made))
+
+
+def test_a_stream_that_says_nothing_holds_its_place_for_a_moment_only(tmp_path: Path) -> None:
+    with cluster(tmp_path, stages=1, streams=1, first_message_seconds=0.5) as made:
+        run = create(made, 1)
+        calls = [Driver(made, run).result for _ in range(2)]
+        errors = {type(error): error for error in map(refused, calls)}
+        assert errors[FrameError].expected == "a message that names its run, within 0.5 s"
+        assert "Too many Drive streams" in errors[LimitExceeded].message
+        # The place is free again, and the run unharmed.
+        driver = Driver(made, run)
+        driver.send()
+        assert driver.result().entry == 1

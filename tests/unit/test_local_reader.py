@@ -12,7 +12,8 @@ from test_mailbox import Box, key
 from gradwire_protocol.errors import FrameError
 from gradwire_protocol.local_stream import ReceivingEnd, SendingEnd, connected_pair
 from gradwire_protocol.shared_block import BlockError, unsupported
-from gradwire_stage.intake import StreamLimit, Whole
+from gradwire_protocol.stream_limit import StreamLimit
+from gradwire_stage.intake import Whole
 from gradwire_stage.keys import Key
 from gradwire_stage.local_streams import _Reader, _Stream
 from gradwire_stage.mailbox import CREDIT_BYTES, HeldError, Mailbox
@@ -54,7 +55,7 @@ class Wired:
     """A reader with two streams into one mailbox."""
 
     def __init__(self) -> None:
-        self.limit = StreamLimit(2)
+        self.limit = StreamLimit(2, "streams")
         self.reader = _Reader(self.limit)
         self.mailbox: Mailbox[str] = Mailbox(2**30, [].append, bell=self.reader)
         self.ends, self.intakes = [], []
