@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 import re
 import signal
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 
 import psutil
 import pytest
@@ -159,19 +161,38 @@ def frozen(watched: WatchedCluster, name: str) -> Iterator[None]:
         process.send_signal(signal.SIGCONT)
 
 
+@contextmanager
+def going_on(trainer: gradwire.Trainer, batch: tuple[torch.Tensor, ...]) -> Iterator[None]:
+    """Train for the block, on a thread that takes results as they come: the run waits for nobody but its servers."""
+    ended = threading.Event()
+
+    def train() -> None:
+        with closing(trainer.run([batch], steps=100_000, progress=False)) as results:
+            for _ in results:
+                if ended.is_set():
+                    return
+
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(train)
+        try:
+            yield
+        finally:
+            ended.set()
+            training.result(60)
+
+
 def test_a_run_that_stands_still_is_seen_to_do_so(watched: WatchedCluster, cluster: gradwire.Cluster) -> None:
     trainer, batch = a_trainer(cluster, REPLICAS)
     with trainer:
-        results = trainer.run([batch], steps=100_000, progress=False)
-        next(results)
-        still = f'gradwire_run_still_seconds{{run="{trainer.run_id}"}}'
-        with frozen(watched, "stage-1"):
-            watched.wait_until(f"{still} > 2", seconds=12)
-        # It goes on, and is not taken for a stalled one any more.
-        for _ in range(20):
-            next(results)
-        watched.wait_until(f"{still} < 1")
-        results.close()
+        still, steps = (f'gradwire_{what}{{run="{trainer.run_id}"}}' for what in ("run_still_seconds", "steps_total"))
+        with going_on(trainer, batch):
+            watched.wait_until(f"{steps} > 0")
+            with frozen(watched, "stage-1"):
+                watched.wait_until(f"{still} > 2", seconds=12)
+                (before,) = watched.wait_until(steps)
+            # It goes on, and is not taken for a stalled one any more.
+            watched.wait_until(f"{steps} > {float(before['value'][1]) + 20}")
+            watched.wait_until(f"{still} < 1")
     watched.wait_until(f"absent({still})")
 
 
