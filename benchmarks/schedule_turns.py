@@ -50,13 +50,10 @@ class Measured:
 
 
 class Ours:
-    """A cluster; every turn is a run of its own on it."""
+    """Every turn is a run on a cluster of its own, which measures costs anew: as fast as the machine is just then."""
 
-    def __init__(self, stack: contextlib.ExitStack, work: Work, processes: int) -> None:
+    def __init__(self, work: Work, processes: int) -> None:
         self._work, self._processes = work, processes
-        self._cluster = stack.enter_context(
-            gradwire.local(stage_servers=processes, threads=1, operators=list(work.operators))
-        )
         self._batch = work.batch()
 
     def turn(self, name: str, steps: int, measured: Measured) -> None:
@@ -69,9 +66,12 @@ class Ours:
             microbatches=self._work.micro_batches,
             cuts=self._work.cuts(each * self._processes),
         )
-        with self._cluster.trainer(
-            model, self._work.optimizer(model.parameters()), loss=self._work.loss, example=self._batch, plan=plan
-        ) as trainer:
+        with (
+            gradwire.local(stage_servers=self._processes, threads=1, operators=list(self._work.operators)) as cluster,
+            cluster.trainer(
+                model, self._work.optimizer(model.parameters()), loss=self._work.loss, example=self._batch, plan=plan
+            ) as trainer,
+        ):
             measured.placement = tuple(stage.server for stage in trainer.plan.stages)
             measured.simulated.append(trainer.plan.predicted.seconds)
             measured.simulated_bubble.append(trainer.plan.predicted.bubble)
@@ -124,7 +124,7 @@ def one_process_turn(peer: Peer, steps: int, measured: Measured) -> None:
 def measure(work: str, processes: int, rounds: int, steps: int) -> dict[str, Measured]:
     """Measure all contenders on so many processes, by name."""
     with contextlib.ExitStack() as stack:
-        ours = Ours(stack, work_of(work, processes), processes)
+        ours = Ours(work_of(work, processes), processes)
         torchs = Torchs(stack, work, processes)
         turns: dict[str, Callable[[int, Measured], None]] = {
             **{f"{OURS}, {name}": partial(ours.turn, name) for name in SCHEDULES},
