@@ -23,6 +23,8 @@ from works import GPT, Work, work_of
 
 OURS, TORCH = "gradwire", "torch"
 ONE_PROCESS = "one process, 1 thread"
+# The most that the machine gives to two processes, just then.
+TWO_PROCESSES = "two of them, each on its own"
 # Ours by what they are called here: (schedule, stages a process).
 SCHEDULES = {
     "gpipe": ("gpipe", 1),
@@ -47,6 +49,8 @@ class Measured:
     busy: list[float] = field(default_factory=list)
     simulated: list[float] = field(default_factory=list)
     simulated_bubble: list[float] = field(default_factory=list)
+    # Of each turn: what was simulated, as a share of the step measured right behind it.
+    agreement: list[float] = field(default_factory=list)
 
 
 class Ours:
@@ -76,13 +80,15 @@ class Ours:
             measured.simulated.append(trainer.plan.predicted.seconds)
             measured.simulated_bubble.append(trainer.plan.predicted.bubble)
             trainer.step(*self._batch)
-            ended = time.perf_counter()
+            ended, alone = time.perf_counter(), []
             for _ in range(steps):
                 result = trainer.step(*self._batch)
                 before, ended = ended, time.perf_counter()
-                measured.alone.append(result.seconds)
+                alone.append(result.seconds)
                 # A server's bubble is of the time since its last update: that of the step before.
                 measured.busy.append((1 - result.bubble) * (ended - before))
+            measured.alone += alone
+            measured.agreement.append(trainer.plan.predicted.seconds / statistics.median(alone))
             # The first one does not count: servers waited for it.
             ends = [time.perf_counter() for _ in trainer.run([self._batch] * (steps + 1), progress=False)]
         measured.following += [later - earlier for earlier, later in itertools.pairwise(ends)]
@@ -115,8 +121,9 @@ class Torchs:
         return [json.loads(line) for line in self._peer.ask(f"{name} {steps} {how}")]
 
 
-def one_process_turn(peer: Peer, steps: int, measured: Measured) -> None:
-    seconds = peer.run(steps) / steps
+def alone_turn(peer: Peer, processes: int, steps: int, measured: Measured) -> None:
+    """Have processes that know nothing of each other take steps of their own."""
+    seconds = peer.run(steps) / steps / processes
     for measurements in (measured.alone, measured.following, measured.busy):
         measurements.append(seconds)
 
@@ -131,7 +138,9 @@ def measure(work: str, processes: int, rounds: int, steps: int) -> dict[str, Mea
             **{f"{TORCH}, {name}": partial(torchs.turn, name) for name in torch_schedules.SCHEDULES},
         }
         if work == GPT:
-            turns[ONE_PROCESS] = partial(one_process_turn, stack.enter_context(Peer(ONE_PROCESS)))
+            for name, count in ((ONE_PROCESS, 1), (TWO_PROCESSES, 2)):
+                peer = stack.enter_context(Peer(ONE_PROCESS, processes=count))
+                turns[name] = partial(alone_turn, peer, count)
         found = {name: Measured() for name in turns}
         for number in range(rounds):
             for name in list(turns)[:: 1 if number % 2 else -1]:

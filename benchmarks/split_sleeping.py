@@ -1,8 +1,8 @@
 """A chain of layers that only sleep, whose backward can be in two parts: for us and for torch's pipelining alike.
 
-A layer takes 10 ms forward, as long for the gradient of its input (I), and as long for that of its weight (W), unless
-the environment says otherwise; a process has two of them, in one stage or in two. A stage of the small GPT takes 25 to
-40 ms for each. Forward a layer sleeps in an operator of torch.library. Backward it sleeps in torch's own backward of a
+A layer takes 15 ms forward, as long for the gradient of its input (I), and as long for that of its weight (W), unless
+the environment says otherwise; a process has two of them, in one stage or in two. (A stage of the small GPT takes 25 to
+40 ms for each.) Forward a layer sleeps in an operator of torch.library. Backward it sleeps in torch's own backward of a
 convolution, the one operator that is told which of the gradients it shall make: this module puts a kernel in its place
 that sleeps for each. Whoever runs a backward, in one piece or in two, and by whatever means, comes by there: a stage
 server, torch's `stage_backward_input` and `stage_backward_weight`, and autograd itself. Our stage servers import this
@@ -30,7 +30,7 @@ _forward_besides, _part_besides = map(float, os.environ.get(BESIDES, "0,0").spli
 
 def part_seconds() -> float:
     """Return what a layer sleeps forward, and for each part of a backward."""
-    return float(os.environ.get(PART_SECONDS, "0.01"))
+    return float(os.environ.get(PART_SECONDS, "0.015"))
 
 
 @torch.library.custom_op("gradwire_benchmark::doze", mutates_args=())
