@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import queue
 import threading
@@ -27,9 +26,10 @@ def first_message(requests: Iterator[pb.DriveRequest], seconds: float) -> pb.Dri
     found: queue.SimpleQueue[pb.DriveRequest | None] = queue.SimpleQueue()
 
     def read() -> None:
-        # A stream that breaks raises here.
-        with contextlib.suppress(grpc.RpcError):
+        try:
             found.put(next(requests, None))
+        except grpc.RpcError:  # the stream has broken
+            found.put(None)
 
     # The stream's end ends it, at the latest.
     in_background(read)

@@ -23,6 +23,7 @@ from gradwire_coordinator.links import prepare_all, release_all
 from gradwire_coordinator.metrics import RunStanding
 from gradwire_coordinator.outcomes import Outcomes
 from gradwire_coordinator.run_context import RunContext
+from gradwire_coordinator.run_record import RunRecord
 from gradwire_coordinator.saves import RunSaves, Writer
 from gradwire_coordinator.stall_watch import StallWatch
 from gradwire_coordinator.stop_request import StopState
@@ -65,14 +66,7 @@ class Run:
         self._draining = False
         self._replanning = False
         self.outcomes = Outcomes()
-        # What displays show, but for the plan.
-        self._known = coordinator_pb2.RunStatus(
-            run=run,
-            state=coordinator_pb2.RUN_STATE_PREPARED,
-            generation=generation,
-            description=request.description[:200],
-            created_at=time.time(),
-        )
+        self._record = RunRecord(run, request.description)
         self._error: GradwireError | None = None
         self._ending = False
         self._finished = threading.Event()
@@ -202,8 +196,7 @@ class Run:
             self._window.add(entry, now)
             if saves:
                 self._saves.dispatched(entry.number)
-            self._known.last_entry = entry.number
-            self._known.state = coordinator_pb2.RUN_STATE_ACTIVE
+            self._record.sent(entry)
             for link, program in zip(self._links, programs, strict=True):
                 link.send(stage_pb2.ExecuteRequest(run=self.run, entry=entry, program=program))
 
@@ -276,11 +269,7 @@ class Run:
                 return
             entry, result = finished
             self._context.log.record_result(self.run, result)
-            self._known.finished_entry = result.entry
-            if entry.HasField("train_step"):
-                self._known.step, self._known.loss = entry.train_step.step, result.loss
-            elif entry.HasField("load_state"):
-                self._known.step = entry.load_state.weight_version
+            self._record.finished(entry, result)
             self._context.on_result(self, entry, result)
             self.outcomes.put(result)
             last = self._drained
@@ -294,8 +283,7 @@ class Run:
     def _on_save_done(self, outcome: run_pb2.SaveOutcome, directory: str, step: int) -> None:
         with self._lock:
             if not outcome.HasField("failure"):
-                stored = coordinator_pb2.StoredCheckpoint(directory=directory, step=step, written_at=time.time())
-                self._known.checkpoint.CopyFrom(stored)
+                stored = self._record.stored(directory, step)
                 self._context.log.record_checkpoint(self.run, outcome.entry, stored)
             self.outcomes.put(outcome)
             self._saves.forget(outcome.entry)
@@ -338,23 +326,24 @@ class Run:
         with self._lock:
             first, self._ending = not self._ending, True
             if first:
-                self._known.state, self._error = state, error
-                self._known.reason = str(error) if error else "its client closed it"
+                self._error = error
+                reason = str(error) if error else "its client closed it"
                 if error is None and self._stop.reason:
-                    self._known.reason += f", as it was asked to: {self._stop.reason}"
+                    reason += f", as it was asked to: {self._stop.reason}"
+                self._record.ended(state, reason)
                 self._causes.close()
         if not first:
             self._finished.wait()
             return
         try:
-            release_all(self._links, self.run, self.generation, self._known.reason)
+            release_all(self._links, self.run, self.generation, self._record.reason)
             self._saves.close()
-            self._context.log.finish_run(self.run, state, self._known.reason)
+            self._context.log.finish_run(self.run, state, self._record.reason)
         finally:
             self._context.on_finished(self)
             self.outcomes.end(error)
             self._finished.set()
-        _log.info("run ended", run=self.run, state=coordinator_pb2.RunState.Name(state), reason=self._known.reason)
+        _log.info("run ended", run=self.run, state=coordinator_pb2.RunState.Name(state), reason=self._record.reason)
 
     def join(self) -> None:
         """Wait for this run's threads, after its end."""
@@ -365,7 +354,7 @@ class Run:
     def _over(self) -> GradwireError:
         if self._error is not None:
             return self._error
-        return Aborted(f"Run {self.run} is over", got=self._known.reason, remedy="create a new run")
+        return Aborted(f"Run {self.run} is over", got=self._record.reason, remedy="create a new run")
 
     # What others may know.
 
@@ -377,19 +366,19 @@ class Run:
     @property
     def state(self) -> coordinator_pb2.RunState:
         """The run's state; it is ended or failed as soon as it begins to end."""
-        return self._known.state
+        return self._record.state
 
     @property
     def failure(self) -> GradwireError | None:
         """What the run failed of; None if it has not."""
-        return self._error if self._known.state == coordinator_pb2.RUN_STATE_FAILED else None
+        return self._error if self._record.state == coordinator_pb2.RUN_STATE_FAILED else None
 
     def standing(self) -> RunStanding:
         """Return what metrics show of a run that is not over."""
         with self._lock:
             still_seconds = self._watch.still_seconds(self._window, time.monotonic())
-            saved_at = self._known.checkpoint.written_at if self._known.HasField("checkpoint") else None
-            return RunStanding(self.run, self._known.created_at, len(self._window), still_seconds, saved_at)
+            record = self._record
+            return RunStanding(self.run, record.created_at, len(self._window), still_seconds, record.saved_at)
 
     def undriven_seconds(self) -> float:
         """Return for how long the run has waited for its client; 0 once it has one."""
@@ -399,8 +388,4 @@ class Run:
     def status(self) -> coordinator_pb2.RunStatus:
         """Return what displays show."""
         with self._lock:
-            status = coordinator_pb2.RunStatus()
-            status.CopyFrom(self._known)
-            status.generation = self.generation
-            status.plan.CopyFrom(self.summary)
-            return status
+            return self._record.status(self.generation, self.summary)

@@ -79,6 +79,15 @@ def test_a_resumed_run_is_the_one_that_was_not_interrupted(
             torch.testing.assert_close(state[key], tensor, rtol=tolerance, atol=tolerance)
 
 
+def test_a_run_shows_its_last_checkpoint_while_it_goes_on(cluster: gradwire.LocalCluster) -> None:
+    with make_trainer(cluster, make_model(), stages=2) as trainer:
+        for step, name in enumerate(("shown/first", "shown/second"), start=1):
+            list(trainer.run(make_batches(1)))
+            trainer.save(name, storage="server")
+            (shown,) = (run for run in cluster.status().runs if run.run == trainer.run_id)
+            assert (shown.checkpoint.directory, shown.checkpoint.step) == (name, step)
+
+
 def read_plainly(folder: Path, kind: str) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = {}
     for file in folder.glob(f"{kind}*.safetensors"):
