@@ -43,7 +43,7 @@ from gradwire_coordinator.tensor_groups import make_units
 from gradwire_protocol.checkpoint.root import CheckpointRoot
 from gradwire_protocol.errors import PlanError, Unreachable
 from gradwire_protocol.peer_roles import Peer
-from gradwire_protocol.stream_limit import StreamLimit
+from gradwire_protocol.stream_limit import MAXIMUM_STREAMS, StreamLimit
 from gradwire_protocol.v1 import coordinator_pb2 as pb
 from gradwire_protocol.v1 import coordinator_pb2_grpc, run_pb2
 
@@ -51,8 +51,7 @@ _log = structlog.get_logger(__name__)
 
 SWEEP_SECONDS = 1.0
 UNDRIVEN_SECONDS = 60.0
-# Of Drive, at once; and how long one may keep its first message.
-_STREAMS = 448
+# A Drive stream may keep its first message for so long.
 _FIRST_MESSAGE_SECONDS = 10.0
 _FIRST_GENERATION = 1
 _LATE_SECONDS = 1.0
@@ -75,7 +74,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         costs: CostBook | None = None,
         undriven_seconds: float = UNDRIVEN_SECONDS,
         sweep_seconds: float = SWEEP_SECONDS,
-        streams: int = _STREAMS,
+        streams: int = MAXIMUM_STREAMS,
         first_message_seconds: float = _FIRST_MESSAGE_SECONDS,
     ) -> None:
         self._registry = registry

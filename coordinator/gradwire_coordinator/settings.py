@@ -16,9 +16,6 @@ from gradwire_protocol.serving import ServiceSettings
 from gradwire_protocol.settings import Settings, load_settings, tls_files, with_host_name
 from gradwire_protocol.tls_files import TlsFiles
 
-# Each run's Drive stream keeps a thread of the pool; heartbeats and the calls of others need some too.
-_WORKERS = 512
-
 
 class CoordinatorSettings(Settings):
     """What `gradwire-coordinator` can be told. Environment: GRADWIRE_COORDINATOR_ and the field's name."""
@@ -70,7 +67,6 @@ class CoordinatorSettings(Settings):
             role=Role.COORDINATOR,
             insecure=self.insecure,
             ready_fd=ready_fd,
-            workers=_WORKERS,
         )
 
 

@@ -29,6 +29,7 @@ from gradwire_protocol.errors import ErrorInterceptor, SettingsError
 from gradwire_protocol.metrics_page import MetricsPage
 from gradwire_protocol.peer_roles import RoleInterceptor
 from gradwire_protocol.roles import Role
+from gradwire_protocol.stream_limit import WORKERS
 from gradwire_protocol.tls_files import TlsFiles
 
 if TYPE_CHECKING:
@@ -58,7 +59,6 @@ class ServiceSettings:
     insecure: bool = False
     # File descriptor that gets one JSON line {"address", "metrics_address"} when the service is ready.
     ready_fd: int | None = None
-    workers: int = 64
 
 
 def watch_stdin() -> None:
@@ -151,7 +151,7 @@ class Service:
         self._at_once = threading.Event()
         self._metrics_page: MetricsPage | None = None
         self.metrics_address = ""
-        self._pool = futures.ThreadPoolExecutor(settings.workers, thread_name_prefix=name)
+        self._pool = futures.ThreadPoolExecutor(WORKERS, thread_name_prefix=name)
         self._certificate_watch = _watch_certificate(settings, self.registry)
         interceptors = (ErrorInterceptor(),) if settings.tls is None else (ErrorInterceptor(), RoleInterceptor())
         self.server = grpc.server(self._pool, interceptors=interceptors, options=SERVER_OPTIONS + connection_options())

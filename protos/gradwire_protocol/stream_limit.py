@@ -6,6 +6,10 @@ import threading
 
 from gradwire_protocol.errors import LimitExceeded
 
+# Of a service's pool, and how many of them streams may hold: heartbeats and the calls of others need some too.
+WORKERS = 512
+MAXIMUM_STREAMS = 448
+
 
 class StreamLimit:
     """A context manager around each stream: LimitExceeded beyond the maximum. `what`: whose streams. Thread-safe."""

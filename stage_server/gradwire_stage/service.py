@@ -23,7 +23,7 @@ from gradwire_protocol.errors import (
 )
 from gradwire_protocol.frames import encode_frames
 from gradwire_protocol.serving import register_with_raw_streams
-from gradwire_protocol.stream_limit import StreamLimit
+from gradwire_protocol.stream_limit import MAXIMUM_STREAMS, StreamLimit
 from gradwire_protocol.v1 import run_pb2, stage_pb2, stage_pb2_grpc
 from gradwire_protocol.v1 import tensors_pb2 as pb
 from gradwire_stage.device import Device
@@ -59,8 +59,8 @@ class Limits:
     tensor_bytes: int
     credit_bytes: int = CREDIT_BYTES
     send_bytes: int = SEND_BYTES
-    # Deliver streams at once; each holds a thread of the server's pool.
-    streams: int = 448
+    # Of Deliver, at once.
+    streams: int = MAXIMUM_STREAMS
     prepared_seconds: float = 60.0
 
 

@@ -15,9 +15,6 @@ from gradwire_protocol.serving import ServiceSettings
 from gradwire_protocol.settings import Settings, load_settings, tls_files, with_host_name
 from gradwire_protocol.tls_files import TlsFiles
 
-# Each stream of tensors, in either traffic class, keeps a thread of the pool while it is open.
-_WORKERS = 512
-
 
 class StageSettings(Settings):
     """Settings of one stage server, or parameter server. Sizes are in bytes; 0 means a share of the device's memory."""
@@ -98,7 +95,6 @@ class StageSettings(Settings):
             role=Role(self.role),
             insecure=self.insecure,
             ready_fd=self.ready_fd,
-            workers=_WORKERS,
         )
 
 

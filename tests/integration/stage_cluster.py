@@ -76,7 +76,7 @@ class StageServer(RemoteServer):
         checkpoint_root: Path | None = None,
         **limits: Any,
     ) -> None:
-        self.service = Service(name, ServiceSettings(metrics_listen="", workers=32))
+        self.service = Service(name, ServiceSettings(metrics_listen=""))
         sizes = {"memory_bytes": 2**33, "mailbox_bytes": 2**28, "outbox_bytes": 2**28, "tensor_bytes": 2**26}
         self.stage_service = StageService(
             name,
