@@ -7,7 +7,6 @@ servers before torch is loaded here.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -139,7 +138,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return importlib.metadata.version("gradwire")
+        from importlib.metadata import version
+
+        return version("gradwire")
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'gradwire' has no attribute {name!r}")

@@ -35,8 +35,7 @@ def commands(tmp_path: Path) -> Iterator[Commands]:
     commands = Commands(tmp_path)
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 300)
     yield commands
-    for process in commands.processes():
-        process.kill()
+    commands.close()
 
 
 def flags(services: Services, out: str) -> list[str]:

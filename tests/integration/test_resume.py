@@ -25,8 +25,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     commands = Commands(tmp_path_factory.mktemp("jobs"))
     (commands.directory / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 300)
     yield commands
-    for process in commands.processes():
-        process.kill()
+    commands.close()
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from types import FrameType
 
 # The children watch this process: when it goes, they go.
 _LIMIT_SECONDS = 20.0
+_AGAIN_SECONDS = 0.01
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _received: list[int] = []
 
@@ -21,6 +23,7 @@ def end_on_signals() -> None:
         # A signal that was ignored from outside (nohup) stays ignored.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _end)
+    sys.unraisablehook = _raise_again(sys.unraisablehook)
 
 
 def exit_code() -> int | None:
@@ -62,9 +65,10 @@ def asking_first(ask: Callable[[], bool], grace_seconds: float) -> Iterator[None
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    _received.append(number)
-    # An exception can get lost in a callback of foreign code: the timer does not.
-    _exit_after(_LIMIT_SECONDS, number)
+    if number not in _received:
+        _received.append(number)
+        # Foreign code may swallow the exception: the timer does not get lost.
+        _exit_after(_LIMIT_SECONDS, number)
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + number)
@@ -74,3 +78,21 @@ def _exit_after(seconds: float, number: int) -> None:
     timer = threading.Timer(seconds, os._exit, (128 + number,))
     timer.daemon = True
     timer.start()
+
+
+def _raise_again(previous: Callable[[sys.UnraisableHookArgs], object]) -> Callable[[sys.UnraisableHookArgs], None]:
+    """Return a hook that has a signal come again if its exception arose where Python drops exceptions.
+
+    That is so in a destructor, in a callback of a weak reference, and in the collector's callbacks.
+    """
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if not _received or not issubclass(unraisable.exc_type, (KeyboardInterrupt, SystemExit)):
+            previous(unraisable)
+            return
+        # By a timer: raised from here, the exception would be dropped as well.
+        timer = threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), _received[-1]))
+        timer.daemon = True
+        timer.start()
+
+    return hook
