@@ -254,7 +254,7 @@ def _convolution(node: Node, operands: Sequence[_Operand]) -> Formula:
 
     def formula(gradient: torch.Tensor) -> Sequence[torch.Tensor]:
         made = torch.ops.aten.convolution_backward.default(gradient, source, weight, *settings, wanted)
-        return [made[operand.position].t() if operand.transposed else made[operand.position] for operand in operands]
+        return [made[operand.position] for operand in operands]
 
     return formula
 
