@@ -2,7 +2,7 @@
 
 Resident memory, threads and file descriptors of every process, this one included, are read between steps, when nothing
 is on its way. Growth is what a process has in the last fifth of its steps, as the median, over the most that it had in
-the first fifth.
+the first fifth. A block of shared memory is a descriptor, too, as long as it is mapped; it is counted as a block.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -31,6 +32,8 @@ SAMPLES = 50
 NOISE_BYTES = {"small": 16 * 2**20, "large": LARGE_MICRO_BATCHES * 16 * 2**20}
 # Slots for payloads double whenever all are taken, until there are some for every message on its way: twice eight.
 SHARED_BYTES = {"small": 16 * 2**20, "large": 2 * LARGE_MICRO_BATCHES * 16 * 2**20}
+# Each doubling is one block more, at both of its ends: from 4 slots to 16 in two, in either direction.
+MORE_BLOCKS = {"small": 0, "large": 4}
 # Workers that a thread pool starts when two calls happen to come at once; a leak shows by the thousand.
 POOL_THREADS = 4
 
@@ -67,13 +70,27 @@ class Held:
     resident_bytes: int
     shared_bytes: int
     threads: int
+    blocks: int
+    # Of files and sockets: other than blocks.
     descriptors: int
+
+
+def opened(process: psutil.Process) -> tuple[int, int]:
+    """Return how many blocks of shared memory a process has, and how many other descriptors."""
+    targets = []
+    for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
+        try:
+            targets.append(os.readlink(descriptor))
+        except FileNotFoundError:  # closed meanwhile
+            continue
+    blocks = sum(target.startswith("/memfd:") for target in targets)
+    return blocks, len(targets) - blocks
 
 
 def held(process: psutil.Process) -> Held:
     with process.oneshot():
         memory = process.memory_info()
-        return Held(memory.rss - memory.shared, memory.shared, process.num_threads(), process.num_fds())
+        return Held(memory.rss - memory.shared, memory.shared, process.num_threads(), *opened(process))
 
 
 def middle(samples: list[Held]) -> Held:
@@ -139,6 +156,7 @@ def soak(
         growth = last.resident_bytes - max(sample.resident_bytes for sample in first)
         shared = last.shared_bytes - max(sample.shared_bytes for sample in first)
         threads = last.threads - max(sample.threads for sample in first)
+        blocks = last.blocks - max(sample.blocks for sample in first)
         descriptors = last.descriptors - max(sample.descriptors for sample in first)
         rows_out.append(
             {
@@ -152,8 +170,10 @@ def soak(
                 "growth MiB ": shared / 2**20,
                 "threads": last.threads,
                 "more": threads,
-                "descriptors": last.descriptors,
-                "more ": descriptors,
+                "blocks": last.blocks,
+                "more ": blocks,
+                "others": last.descriptors,
+                "more  ": descriptors,
             }
         )
         claims += [
@@ -164,6 +184,7 @@ def soak(
                 f"shared memory bounded: growth of {name}, MiB ({kind})", shared / 2**20, SHARED_BYTES[kind] / 2**20
             ),
             Claim.below(f"no thread growth: {name} ({kind})", threads, POOL_THREADS),
+            Claim.below(f"blocks of shared memory bounded: {name} ({kind})", blocks, MORE_BLOCKS[kind] + 1),
             Claim.below(f"no file descriptor growth: {name} ({kind})", descriptors, 1),
         ]
     return rows_out, claims
