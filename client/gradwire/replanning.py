@@ -16,7 +16,7 @@ from gradwire.calls import replan_run
 from gradwire.run_plan import RunPlan
 from gradwire.session import Session
 from gradwire.units import shown_seconds
-from gradwire_protocol.errors import GradwireError, PlanError, SettingsError, Unreachable
+from gradwire_protocol.errors import GradwireError, SettingsError, Unreachable
 from gradwire_protocol.v1 import coordinator_pb2, run_pb2
 
 MINIMUM_GAIN = 0.03
@@ -59,17 +59,6 @@ def check_minimum_gain(minimum_gain: float) -> None:
     if not is_number or not math.isfinite(minimum_gain) or not 0 <= minimum_gain < 1:
         raise SettingsError(
             "minimum_gain is not valid", expected="a share of a step, from 0 to below 1", got=repr(minimum_gain)
-        )
-
-
-def refuse_tensor(servers: int) -> None:
-    """PlanError for a plan with so many servers a stage, if these are several."""
-    if servers > 1:
-        raise PlanError(
-            "This version does not plan a run anew whose stages have several servers each",
-            expected="a plan with tensor=1",
-            got=f"tensor={servers}",
-            remedy="save a checkpoint, and load it in a run with another plan",
         )
 
 

@@ -27,7 +27,7 @@ from gradwire.measured_steps import MeasuredSteps
 from gradwire.plan import Plan
 from gradwire.present_model import present_model
 from gradwire.progress import is_terminal, with_progress
-from gradwire.replanning import MINIMUM_GAIN, Replan, check_minimum_gain, count_moved, refuse_tensor, replan
+from gradwire.replanning import MINIMUM_GAIN, Replan, check_minimum_gain, count_moved, replan
 from gradwire.report import Report, make_report
 from gradwire.results import StepResult
 from gradwire.run_plan import RunPlan
@@ -258,12 +258,11 @@ class Trainer:
         moves from one to another where it must: training goes on as if nothing had happened, on the same servers. Cuts
         that the plan gave do not hold any more. minimum_gain: the share of a step that must be expected to be saved;
         otherwise nothing changes. PlanError if no step was measured: the first one of a layout warms up, and does not
-        count; and with several servers a stage (tensor), local steps or parameter servers, which this version does not
-        plan anew. With replicas, which then get their shares of the micro-batches anew too, the state goes through a
+        count; and with local steps or parameter servers, which this version does not plan anew. With replicas, which
+        then get their shares of the micro-batches anew too, and with several servers a stage, the state goes through a
         checkpoint in this machine's temporary directory. Whatever fails while the state moves ends the run.
         """
         check_minimum_gain(minimum_gain)
-        refuse_tensor(self._plan.tensor)
         self._checkpoints.settle()
         self._checkpoints.report()
         before = self._session.servers

@@ -12,12 +12,16 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+import numpy as np
+
 from gradwire_coordinator.boundaries import ASSUMED_LINK, Boundaries
-from gradwire_coordinator.costs import NodeCosts
+from gradwire_coordinator.costs import NodeCosts, trained_tensors
 from gradwire_coordinator.graph_index import GraphIndex, can_need_gradient, learned_values, read_values, value_bytes
 from gradwire_coordinator.link_rates import LinkRate
+from gradwire_coordinator.measured_costs import Floats
 from gradwire_coordinator.placement import Placement
 from gradwire_coordinator.simulator import StageSeconds
+from gradwire_coordinator.tensor.sharded_model import ShardedModel
 from gradwire_protocol.errors import GradwireError
 from gradwire_protocol.frames import ELEMENT_BYTES
 from gradwire_protocol.group_operators import BACKWARD_EXCHANGES, CROSS_ENTROPY, FORWARD_EXCHANGES, GATHER, SPLIT
@@ -88,12 +92,35 @@ def exchanges(index: GraphIndex, trained: Collection[str], rows: int, shards: in
     return found
 
 
+def exchanges_of(sharded: ShardedModel, rows: int) -> list[Exchange]:
+    """Return the exchanges of a model's train graph, for a micro-batch of so many rows."""
+    return exchanges(sharded.indexed.train, trained_tensors(sharded.indexed.tensors), rows, sharded.shards)
+
+
 def with_exchanges(costs: NodeCosts, found: Sequence[Exchange], link: GroupLink) -> NodeCosts:
     """Return the costs of nodes with their exchanges in a group."""
-    forward, input_gradient = costs.forward.copy(), costs.input_gradient.copy()
+    forward, input_gradient = _exchange_seconds(len(costs.forward), found, link)
+    return dataclasses.replace(
+        costs, forward=costs.forward + forward, input_gradient=costs.input_gradient + input_gradient
+    )
+
+
+def without_exchanges(costs: NodeCosts, found: Sequence[Exchange], link: GroupLink) -> NodeCosts:
+    """Return what nodes only compute, out of their costs with exchanges."""
+    forward, input_gradient = _exchange_seconds(len(costs.forward), found, link)
+    return dataclasses.replace(
+        costs,
+        forward=np.maximum(0.0, costs.forward - forward),
+        input_gradient=np.maximum(0.0, costs.input_gradient - input_gradient),
+    )
+
+
+def _exchange_seconds(nodes: int, found: Sequence[Exchange], link: GroupLink) -> tuple[Floats, Floats]:
+    """Return what exchanges take at each node, in its forward and in its backward."""
+    forward, backward = np.zeros(nodes), np.zeros(nodes)
     for exchange in found:
-        (input_gradient if exchange.backward else forward)[exchange.node] += link.seconds(exchange)
-    return dataclasses.replace(costs, forward=forward, input_gradient=input_gradient)
+        (backward if exchange.backward else forward)[exchange.node] += link.seconds(exchange)
+    return forward, backward
 
 
 def with_gathers(

@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 
 from gradwire_coordinator.codec_choice import Choice
-from gradwire_coordinator.costs import trained_tensors
-from gradwire_coordinator.group_costs import exchanges
+from gradwire_coordinator.group_costs import exchanges_of
 from gradwire_coordinator.planner import PlannedRun
 from gradwire_coordinator.simulator import equal_stages_bubble
 from gradwire_protocol.codecs import CODEC_NAMES
@@ -84,8 +83,7 @@ def _ends(planned: PlannedRun, stage: int) -> tuple[int, int]:
 def _tensor(planned: PlannedRun) -> coordinator_pb2.TensorSummary:
     """Return how the shards of a stage work together."""
     sharded, servers = planned.sharded, planned.cut.servers
-    trained = trained_tensors(sharded.indexed.tensors)
-    found = exchanges(sharded.indexed.train, trained, servers.costs[0].rows, sharded.shards)
+    found = exchanges_of(sharded, servers.costs[0].rows)
     backward = sum(exchange.backward for exchange in found)
     return coordinator_pb2.TensorSummary(
         servers=sharded.shards,

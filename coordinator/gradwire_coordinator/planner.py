@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from gradwire_coordinator.boundaries import Links, needs_links
 from gradwire_coordinator.candidates import AUTO, Choice, choose
 from gradwire_coordinator.cost_book import LEAST_SECONDS, CostBook
-from gradwire_coordinator.costs import ESTIMATED, MEASURED, DeviceMake, NodeCosts, device_rates, trained_tensors
-from gradwire_coordinator.group_costs import GroupLink, exchanges, group_links, with_exchanges
+from gradwire_coordinator.costs import ESTIMATED, MEASURED, DeviceMake, NodeCosts, device_rates
+from gradwire_coordinator.group_costs import GroupLink, exchanges_of, group_links, with_exchanges
 from gradwire_coordinator.link_rates import LinkBook
 from gradwire_coordinator.placement import neighbours
 from gradwire_coordinator.prediction import predict, timeline
@@ -33,7 +33,7 @@ from gradwire_coordinator.simulator import simulate
 from gradwire_coordinator.tensor.sharded_model import ShardedModel
 from gradwire_coordinator.tensor_groups import Unit, inner_links, unit_memory
 from gradwire_coordinator.transport_choice import Transport, choose_transport
-from gradwire_coordinator.ways import CutModel, Servers, allowed_placements, possible_ways
+from gradwire_coordinator.ways import CutModel, Division, Servers, allowed_placements, possible_ways
 from gradwire_protocol.dealing import deal
 from gradwire_protocol.errors import PlanError, Unreachable
 from gradwire_protocol.v1 import coordinator_pb2, run_pb2
@@ -88,8 +88,7 @@ class Planner:
         measures = (several and (_source(costs) == MEASURED or shortest >= LEAST_SECONDS)) or needs_links(plan)
         within = self._measure_groups(units) if sharded.shards > 1 else []
         if within:
-            trained = trained_tensors(sharded.indexed.tensors)
-            found = exchanges(sharded.indexed.train, trained, costs[0].rows, sharded.shards)
+            found = exchanges_of(sharded, costs[0].rows)
             costs = [with_exchanges(each, found, link) for each, link in zip(costs, within, strict=True)]
         memory_bytes = [unit_memory(unit) for unit in units]
         groups = replica_groups(plan, costs, memory_bytes)
@@ -140,15 +139,20 @@ class Planner:
 
 
 def plan_run(
-    request: coordinator_pb2.CreateRunRequest, sharded: ShardedModel, units: Sequence[Unit], known: Servers
+    request: coordinator_pb2.CreateRunRequest,
+    sharded: ShardedModel,
+    units: Sequence[Unit],
+    known: Servers,
+    division: Division | None = None,
 ) -> PlannedRun:
     """Return the cut and the schedule for these tensor groups, of which this is known; PlanError, ModelError.
 
-    All replicas get the same ones: those of a pipeline that is nowhere faster than its slowest replica.
+    All replicas get the same ones: those of a pipeline that is nowhere faster than its slowest replica. division: how
+    the model is divided, if that is not to be found.
     """
     groups = replica_groups(request.plan, known.costs, known.memory_bytes, as_given=known.order_is_fixed)
     plan = pipeline_plan(request.plan)
-    ways = possible_ways(plan, request.optimizer, sharded, joint_servers(groups, known))
+    ways = possible_ways(plan, request.optimizer, sharded, joint_servers(groups, known), division)
     # A batch may have fewer rows than the plan has micro-batches.
     micro_batches = min(plan.micro_batches, plan.expected_rows)
     choice = choose(plan.schedule, [each.way for each in ways], micro_batches)

@@ -1,7 +1,9 @@
 """Plans a run anew from what its steps have taken, and says which of its state then moves.
 
 Pure. A server that takes longer for its work than predicted is taken to be slower by that factor in all that it could
-do: forwards and backwards apart. Servers keep their places in the pipeline, so that only what is near a cut moves.
+do: forwards and backwards apart. Servers keep their places in the pipeline, so that only what is near a cut moves. Of
+those that wait for each other at every exchange of a tensor group, the slowest counts for all; what exchanges take is
+what was measured before the run.
 
 Leaves to others: collecting the measurements and carrying the new plan out (`replanner.py`).
 """
@@ -17,9 +19,12 @@ from statistics import median
 from typing import NamedTuple
 
 from gradwire_coordinator.costs import MEASURED, NodeCosts
+from gradwire_coordinator.group_costs import exchanges_of, with_exchanges, without_exchanges
 from gradwire_coordinator.layout import Layout
 from gradwire_coordinator.planner import PlannedRun, plan_run
-from gradwire_coordinator.ways import Servers
+from gradwire_coordinator.registry import Server
+from gradwire_coordinator.step_costs import stage_seconds
+from gradwire_coordinator.ways import Division, Servers
 from gradwire_protocol.dealing import deal
 from gradwire_protocol.errors import PlanError
 from gradwire_protocol.program import BACKWARD, FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
@@ -34,7 +39,7 @@ _FORWARD, _BACKWARD = ("forward",), ("backward", "weight")
 
 
 class Work(NamedTuple):
-    """Seconds that a server computes in a step: forwards, and backwards with the gradients of weights."""
+    """Seconds that a unit computes in a step: forwards, and backwards with the gradients of weights."""
 
     forward: float
     backward: float
@@ -42,7 +47,7 @@ class Work(NamedTuple):
 
 @dataclass(eq=False)
 class Basis:
-    """What a run is planned from, and what the steps of its present layout have taken: by position, for each step."""
+    """What a run is planned from, and what the steps of its present layout have taken: by unit, for each step."""
 
     request: pb.CreateRunRequest
     planned: PlannedRun
@@ -56,11 +61,15 @@ class Basis:
             self.warm = True
             return
         share = self.request.plan.expected_rows / sum(part.rows for part in step.micro_batches)
-        busy = [result.timings[server.server].busy_seconds for server in self.planned.servers]
+
+        def seconds(server: Server, phases: Sequence[str]) -> float:
+            busy = result.timings[server.server].busy_seconds
+            return share * sum(busy.get(phase, 0.0) for phase in phases)
+
         self.steps.append(
             [
-                Work(*(share * sum(own.get(phase, 0.0) for phase in phases) for phases in (_FORWARD, _BACKWARD)))
-                for own in busy
+                Work(*(max(seconds(server, phases) for server in unit) for phases in (_FORWARD, _BACKWARD)))
+                for unit in self.planned.units
             ]
         )
 
@@ -89,13 +98,6 @@ def plan_anew(basis: Basis) -> NewLayout:
             got=f"exchange={basis.request.plan.exchange!r}; the run goes on as it is laid out",
             remedy="save a checkpoint, and load it into a new run, which is planned from the present speeds",
         )
-    if basis.request.plan.tensor > 1:
-        raise PlanError(
-            "A run with tensor-parallel servers cannot be planned anew by this version",
-            expected="1 server a stage",
-            got=f"{basis.request.plan.tensor}; the run goes on as it is laid out",
-            remedy="save a checkpoint, and load it into a new run, which is planned from the present speeds",
-        )
     if not basis.steps:
         raise PlanError(
             "No training step of this layout was measured, so there is nothing to plan anew from",
@@ -103,12 +105,10 @@ def plan_anew(basis: Basis) -> NewLayout:
             remedy="train some steps first",
         )
     planned, known = basis.planned, _as_measured(basis)
-    present = _changed(basis.request, planned.cut.way.cuts, planned.schedule.name)
-    # The user's own cuts do not hold any more; the kind of schedule does.
-    free = _changed(basis.request, (), basis.request.plan.schedule)
-    before = plan_run(present, planned.sharded, planned.units, known)
-    after = plan_run(free, planned.sharded, planned.units, known)
     plan = basis.request.plan
+    present = Division(planned.schedule.placement, planned.cut.way.cuts)
+    before = plan_run(_asked(basis.request, planned.schedule.name), planned.sharded, planned.units, known, present)
+    after = plan_run(_asked(basis.request, plan.schedule), planned.sharded, planned.units, known)
     return NewLayout(
         planned=after,
         seconds_before=before.prediction.seconds * _detour(plan, planned.shares, before.shares),
@@ -183,20 +183,22 @@ def _identity(plan: run_pb2.Plan, planned: PlannedRun) -> tuple[object, ...]:
     return planned.cut.way.cuts, planned.schedule.placement, _dealt(plan, planned.shares)
 
 
-def _changed(request: pb.CreateRunRequest, cuts: Sequence[int], schedule: str) -> pb.CreateRunRequest:
-    changed = pb.CreateRunRequest()
-    changed.CopyFrom(request)
-    changed.plan.cuts[:] = cuts
-    changed.plan.schedule = schedule
-    return changed
+def _asked(request: pb.CreateRunRequest, schedule: str) -> pb.CreateRunRequest:
+    """Return what is asked for now: the user's own cuts do not hold any more; the kind of schedule does."""
+    asked = pb.CreateRunRequest()
+    asked.CopyFrom(request)
+    del asked.plan.cuts[:]
+    asked.plan.schedule = schedule
+    return asked
 
 
 def _as_measured(basis: Basis) -> Servers:
-    """Return what is known of the servers, with their costs multiplied by how much longer their steps took.
+    """Return what is known of the units, with their costs multiplied by how much longer their steps took.
 
-    Of the units in their order: position by position, one replica after the other.
+    In their order: position by position, one replica after the other.
     """
-    predicted = _predicted(basis)
+    computed = _computed(basis.planned)
+    predicted = _predicted(basis, computed)
     measured = [
         Work(*(median(step[unit][part] for step in basis.steps) for part in range(len(Work._fields))))
         for unit in range(len(predicted))
@@ -213,22 +215,36 @@ def _as_measured(basis: Basis) -> Servers:
                 strict=True,
             )
         ]
-    cut = basis.planned.cut
-    costs = [_scaled(known, own) for known, own in zip(itertools.cycle(cut.servers.costs), factors, strict=False)]
-    servers = cut.servers if basis.request.plan.replicas == 1 else basis.planned.known
+    planned = basis.planned
+    costs = [_scaled(known, own) for known, own in zip(itertools.cycle(computed), factors, strict=False)]
+    if planned.known.groups:
+        exchanges = exchanges_of(planned.sharded, costs[0].rows)
+        costs = [with_exchanges(each, exchanges, link) for each, link in zip(costs, planned.known.groups, strict=True)]
+    servers = planned.cut.servers if basis.request.plan.replicas == 1 else planned.known
     return dataclasses.replace(servers, costs=costs, order_is_fixed=True)
 
 
-def _predicted(basis: Basis) -> list[Work]:
-    """Return what a step was to take each unit, without transfers: of each replica for its share of micro-batches."""
+def _computed(planned: PlannedRun) -> list[NodeCosts]:
+    """Return what nodes cost at each position, without exchanges: what these take, servers do not compute."""
+    servers = planned.cut.servers
+    if not servers.groups:
+        return list(servers.costs)
+    exchanges = exchanges_of(planned.sharded, servers.costs[0].rows)
+    return [without_exchanges(each, exchanges, link) for each, link in zip(servers.costs, servers.groups, strict=True)]
+
+
+def _predicted(basis: Basis, computed: Sequence[NodeCosts]) -> list[Work]:
+    """Return what each unit was to compute in a step: of each replica for its share of micro-batches."""
     planned, found = basis.planned, []
+    cut = planned.cut
+    of_stages = stage_seconds([computed[at] for at in planned.schedule.placement], cut.way.cuts, cut.recomputes)
     counts_of = Counter(_dealt(basis.request.plan, planned.shares))
     for replica in range(len(planned.shares)):
         for program in planned.schedule.programs(counts_of[replica]):
             counts = Counter((action.stage, action.kind) for action in program)
             forward = backward = 0.0
             for (stage, kind), count in counts.items():
-                seconds = planned.cut.seconds[stage]
+                seconds = of_stages[stage]
                 if kind == FORWARD:
                     forward += count * seconds.forward
                 elif kind == BACKWARD:

@@ -42,7 +42,7 @@ class Replanner:
     def replan(self, run: Run, minimum_gain: float, *, reloads: bool = False) -> pb.ReplanReply:
         """Plan a run anew, and have another layout take it over if that pays.
 
-        reloads: the client can load the state into it. With replicas it must, since the state is spread over them.
+        reloads: the client can load the state into it. With replicas or shards it must: the state is spread over them.
         PlanError and the like before anything has changed; a failure after that is the run's end, too.
         """
         if not (math.isfinite(minimum_gain) and 0 <= minimum_gain < 1):
@@ -55,7 +55,8 @@ class Replanner:
             reply = pb.ReplanReply(seconds_before=found.seconds_before, seconds_after=found.seconds_after)
             if not found.pays(minimum_gain):
                 return reply
-            moves = basis.request.plan.replicas == 1
+            plan = basis.request.plan
+            moves = plan.replicas == 1 and basis.planned.sharded.shards == 1
             if not moves and not reloads:
                 reply.needs_reload = True
                 return reply

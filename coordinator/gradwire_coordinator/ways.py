@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from gradwire_coordinator.boundaries import Boundaries, Links, asked_codecs
 from gradwire_coordinator.candidates import AUTO, Way
 from gradwire_coordinator.codec_choice import Choice
-from gradwire_coordinator.costs import NodeCosts, Rates, trained_tensors
+from gradwire_coordinator.costs import NodeCosts, Rates
 from gradwire_coordinator.exchange_costs import Ring, choose_codec, exchange_bytes, exchange_seconds
-from gradwire_coordinator.group_costs import GroupLink, exchanges, group_bytes, with_gathers
+from gradwire_coordinator.group_costs import GroupLink, exchanges_of, group_bytes, with_gathers
 from gradwire_coordinator.named_schedules import placements
 from gradwire_coordinator.optimizer_costs import OptimizerCosts
 from gradwire_coordinator.partition import check_cuts, find_partition
@@ -93,18 +94,29 @@ class CutModel:
     gap: float | None
 
 
+class Division(NamedTuple):
+    """Where the stages of a run are: of each its server's position, and the cuts of the sharded training graph."""
+
+    placement: Placement
+    cuts: tuple[int, ...]
+
+
 def possible_ways(
-    plan: run_pb2.Plan, optimizer: run_pb2.Optimizer, sharded: ShardedModel, servers: Servers
+    plan: run_pb2.Plan,
+    optimizer: run_pb2.Optimizer,
+    sharded: ShardedModel,
+    servers: Servers,
+    division: Division | None = None,
 ) -> list[CutModel]:
     """Return the model, cut for each placement that the plan allows and that fits, the fewest stages first.
 
-    PlanError, ModelError.
+    division: what it is to be instead. PlanError, ModelError.
     """
     found: list[CutModel] = []
     problem: PlanError | None = None
-    for placement in allowed_placements(plan):
+    for placement in allowed_placements(plan) if division is None else [division.placement]:
         try:
-            found.append(_cut(plan, optimizer, sharded, placement, servers))
+            found.append(_cut(plan, optimizer, sharded, placement, servers, division))
         except PlanError as error:
             problem = problem or error
     if problem is not None and not found:
@@ -132,7 +144,12 @@ def _users_cuts(plan: run_pb2.Plan, sharded: ShardedModel, stages: int) -> tuple
 
 
 def _cut(
-    plan: run_pb2.Plan, optimizer: run_pb2.Optimizer, sharded: ShardedModel, placement: Placement, servers: Servers
+    plan: run_pb2.Plan,
+    optimizer: run_pb2.Optimizer,
+    sharded: ShardedModel,
+    placement: Placement,
+    servers: Servers,
+    division: Division | None,
 ) -> CutModel:
     indexed = sharded.indexed
     sharing = Sharing.of(plan, optimizer.name)
@@ -140,9 +157,9 @@ def _cut(
         optimizer, sharing.sharers, elsewhere=sharing.exchange.has_servers, exchange=sharing.state
     )
     rows = servers.costs[0].rows
-    if plan.cuts:
-        cuts, devices = _users_cuts(plan, sharded, len(placement)), tuple(range(plan.stages))
-        gap = None
+    if division is not None or plan.cuts:
+        cuts = _users_cuts(plan, sharded, len(placement)) if division is None else division.cuts
+        devices, gap = tuple(range(plan.stages)), None
     else:
         inputs = PartitionInputs(
             plan=plan,
@@ -179,7 +196,7 @@ def _cut(
     rebuilt = rebuilt_bytes(of_nodes, cuts, recomputes, placement)
     update = [optimizer_costs.update_seconds(own, rates) for own, rates in zip(tensors, servers.rates, strict=True)]
     messages = with_gathers(with_messages(stages, of_nodes, placement), boundaries, placement, servers.groups)
-    in_groups = exchanges(indexed.train, trained_tensors(indexed.tensors), rows, sharded.shards)
+    in_groups = exchanges_of(sharded, rows)
     way = Way(
         cuts=tuple(cuts),
         costs=step_costs(

@@ -1,4 +1,4 @@
-"""Planning runs with replicas anew: cuts move, micro-batches are dealt out by measured speed, nothing else changes."""
+"""Planning runs with replicas or shards anew: cuts move, micro-batches are dealt out by speed, nothing else changes."""
 
 from __future__ import annotations
 
@@ -28,17 +28,24 @@ def make_trainer(
     return rig.cluster.trainer(model, made, loss=KINDS[kind][2], example=batches(kind)[0], plan=plan)
 
 
-@pytest.mark.parametrize(("kind", "optimizer", "zero"), [("gpt", "adamw", "on"), ("regression", "sgd", "off")])
+@pytest.mark.parametrize(
+    ("kind", "optimizer", "fields"),
+    [
+        ("gpt", "adamw", {"zero": "on"}),
+        ("regression", "sgd", {"zero": "off"}),
+        ("gpt", "adamw", {"replicas": 1, "tensor": 2, "tensor_plan": "gpt"}),
+    ],
+)
 def test_training_goes_on_as_if_nothing_had_happened(
-    rig: Rig, as_predicted: None, whatever_it_gains: None, kind: str, optimizer: str, zero: str
+    rig: Rig, as_predicted: None, whatever_it_gains: None, kind: str, optimizer: str, fields: dict[str, Any]
 ) -> None:
-    """With the optimizer's state on one replica each, and with all of it on both; tied weights, and momentum."""
+    """The optimizer's state on one replica each, on both, or in parts on shards; tied weights, and momentum."""
     losses, gradients = [], []
     model = kept_model(kind)
     of_user = OPTIMIZERS[optimizer](model)
     scheduler = torch.optim.lr_scheduler.StepLR(of_user, step_size=2, gamma=0.5)
     # Most of it on the second stage.
-    with make_trainer(rig, kind, of_user, model, stages=2, zero=zero, cuts=allowed_cuts(kind)[:1]) as trainer:
+    with make_trainer(rig, kind, of_user, model, stages=2, cuts=allowed_cuts(kind)[:1], **fields) as trainer:
         before = [stage.nodes for stage in trainer.plan.stages]
         for number, (x, y) in enumerate(batches(kind)):
             if number == 2:

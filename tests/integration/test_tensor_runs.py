@@ -13,7 +13,6 @@ from torch import nn
 
 import gradwire
 from gradwire.job.gpt import GPT, Shape, next_byte_loss
-from gradwire_protocol.errors import PlanError
 from gradwire_protocol.v1 import coordinator_pb2
 
 SHAPE = Shape(layers=2, width=16, heads=4, context=8)
@@ -83,8 +82,7 @@ def test_what_comes_back_is_whole(cluster: gradwire.Cluster) -> None:
         trainer.step(*make_batch())
         assert [server.shard for server in trainer.report(steps=1).servers] == [0, 1, 0, 1]
         assert _shards(cluster.status(), trainer) == {0, 1}
-        with pytest.raises(PlanError, match="stages have several servers"):
-            trainer.replan()
+        assert not trainer.replan(minimum_gain=0.99).moved
     assert {name: tensor.shape for name, tensor in state.items()} == {n: t.shape for n, t in model.state_dict().items()}
     assert {name: tensor.shape for name, tensor in gradients.items()} == {
         n: p.shape for n, p in model.named_parameters()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,11 @@ import pytest
 from graph_text import chain_model, plan
 from planner_requests import servers
 
+from gradwire_coordinator.boundaries import Links
 from gradwire_coordinator.costs import ESTIMATED, MEASURED, NodeCosts, Rates
 from gradwire_coordinator.entries import EntryRules
 from gradwire_coordinator.layout import lay_out
+from gradwire_coordinator.link_rates import LinkRate
 from gradwire_coordinator.model_checks import check_model
 from gradwire_coordinator.planner import PlannedRun, plan_run
 from gradwire_coordinator.replan import Basis, new_plan, plan_anew, reload_plan
@@ -27,7 +30,7 @@ ROWS, MICRO_BATCHES = 8, 4
 STEP = run_pb2.TrainStep(micro_batches=[run_pb2.MicroBatch(rows=2)] * 4)
 
 
-def basis(**changes: Any) -> Basis:
+def basis(*, links: Links = MappingProxyType({}), **changes: Any) -> Basis:
     """Two servers, 1 ms forward and 2 ms backward a node, as estimated."""
     asked = pb.CreateRunRequest(
         model=chain_model(NODES),
@@ -38,7 +41,7 @@ def basis(**changes: Any) -> Basis:
     )
     each = np.full(NODES + 1, 1e-3)
     costs = NodeCosts(2, each, each, each, np.full(NODES + 1, 100), ESTIMATED)
-    known = Servers(rates=[Rates(1e9, 1e9)] * 2, memory_bytes=[0] * 2, costs=[costs] * 2, links={})
+    known = Servers(rates=[Rates(1e9, 1e9)] * 2, memory_bytes=[0] * 2, costs=[costs] * 2, links=links)
     model = shard_model(check_model(asked.model), asked.plan)
     planned = plan_run(asked, model, servers(2), known)
     return Basis(asked, planned, lay_out("r", 1, asked, planned))
@@ -114,6 +117,16 @@ def test_the_users_own_cuts_do_not_hold() -> None:
     assert cut(found.planned) in (8, 9)
     assert found.seconds_before > 1.3 * found.seconds_after
     assert list(made.request.plan.cuts) == [2]
+
+
+def test_what_was_chosen_among_several_ways_is_judged_as_it_is() -> None:
+    """With two stages a server where that pays, the slow link has been a reason for one."""
+    made = basis(schedule="auto", virtual_stages=2, links={(0, 1): LinkRate(1e3, 1e3, 5e-2)})
+    assert made.planned.schedule.placement == (0, 1)
+    train(made, (1.0, 1.0))
+    found = plan_anew(made)
+    assert not found.differs
+    assert found.seconds_before == pytest.approx(made.planned.prediction.seconds, rel=0.03)
 
 
 def test_with_recomputation_all_of_a_servers_time_counts_as_one() -> None:

@@ -14,12 +14,10 @@ from gradwire_coordinator.cost_book import CostBook
 from gradwire_coordinator.costs import TravellingValue, travelling_values
 from gradwire_coordinator.group_costs import GroupLink
 from gradwire_coordinator.interval_sums import Units
-from gradwire_coordinator.layout import lay_out
 from gradwire_coordinator.link_rates import LinkBook, LinkRate
 from gradwire_coordinator.partition_problem import PartitionProblem
 from gradwire_coordinator.plan_summary import summarise
 from gradwire_coordinator.planner import PlannedRun, Planner, plan_run
-from gradwire_coordinator.replan import Basis, plan_anew
 from gradwire_coordinator.replica_groups import joint_servers
 from gradwire_protocol.errors import GradwireError, PlanError, Unreachable
 from gradwire_protocol.v1 import coordinator_pb2 as pb
@@ -150,14 +148,6 @@ def test_of_what_is_spread_a_part_is_sent_and_the_whole_is_kept() -> None:
     )
     parts = Units(problem, [1])
     assert (parts.sent.of(0, 1), parts.returned.of(1, 2), parts.incoming.of(1, 2)) == (5, 5, 10)
-
-
-def test_a_run_with_shards_is_not_planned_anew() -> None:
-    asked = blocks_request(2, schedule="1f1b")
-    model = sharded(asked)
-    made = plan_run(asked, model, units(2), known(model, 2))
-    with pytest.raises(PlanError, match="tensor-parallel servers cannot be planned anew"):
-        plan_anew(Basis(asked, made, lay_out("r", 1, asked, made)))
 
 
 def test_more_stages_take_all_their_shards() -> None:
