@@ -258,9 +258,9 @@ class Trainer:
         moves from one to another where it must: training goes on as if nothing had happened, on the same servers. Cuts
         that the plan gave do not hold any more. minimum_gain: the share of a step that must be expected to be saved;
         otherwise nothing changes. PlanError if no step was measured: the first one of a layout warms up, and does not
-        count; and with local steps or parameter servers, which this version does not plan anew. With replicas, which
-        then get their shares of the micro-batches anew too, and with several servers a stage, the state goes through a
-        checkpoint in this machine's temporary directory. Whatever fails while the state moves ends the run.
+        count; and with parameter servers, which this version does not plan anew. With replicas, which then get their
+        shares of the micro-batches anew too, and with several servers a stage, the state goes through a checkpoint in
+        this machine's temporary directory. Whatever fails while the state moves ends the run.
         """
         check_minimum_gain(minimum_gain)
         self._checkpoints.settle()

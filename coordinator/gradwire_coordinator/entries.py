@@ -124,7 +124,9 @@ class EntryRules:
             if load.weights_directory:
                 raise FrameError("LoadState names weights and a checkpoint", expected="one of both")
         names = [(item.parameter, item.state) for item in load.optimizer_state]
-        of_each = _MAXIMUM_STATES + (MAXIMUM_OWED * self._replicas if self._replicas > 1 else 0)
+        # Under local steps each replica has an optimizer of its own.
+        of_replica = MAXIMUM_OWED + _MAXIMUM_STATES
+        of_each = _MAXIMUM_STATES + (of_replica * self._replicas if self._replicas > 1 else 0)
         most = of_each * len(self._trained)
         if len(names) > most:
             raise LimitExceeded(

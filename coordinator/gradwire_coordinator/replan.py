@@ -90,11 +90,10 @@ class NewLayout:
 
 def plan_anew(basis: Basis) -> NewLayout:
     """Return the best layout on the same servers, with cuts where they are best. PlanError if nothing was measured."""
-    exchange = basis.planned.cut.sharing.exchange
-    if basis.request.plan.replicas > 1 and (exchange.is_local or exchange.has_servers):
+    if basis.request.plan.replicas > 1 and basis.planned.cut.sharing.exchange.has_servers:
         raise PlanError(
-            "A run whose replicas do not agree in every step, or by parameter servers, cannot be planned anew",
-            expected='replicas with exchange="ring"',
+            "A run whose replicas agree by parameter servers cannot be planned anew",
+            expected='replicas with exchange="ring" or "local"',
             got=f"exchange={basis.request.plan.exchange!r}; the run goes on as it is laid out",
             remedy="save a checkpoint, and load it into a new run, which is planned from the present speeds",
         )

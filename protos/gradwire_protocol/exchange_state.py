@@ -41,8 +41,12 @@ class ExchangeState:
 
 
 # How many values a codec keeps of one parameter, at most.
-MAXIMUM_OWED = 2
-_NAME = re.compile(r"exchange(\d{1,6})\.([a-z]{1,32})")
+_OF_CODEC = 2
+# How many a replica keeps of one, at most, besides an optimizer's state: under local steps its own weights, too.
+MAXIMUM_OWED = _OF_CODEC + _OF_LOCAL_STEPS + 1
+# What local steps keep is of use to no other exchange.
+OF_LOCAL_STEPS = "local."
+_NAME = re.compile(r"exchange(\d{1,6})\.((?:local\.(?:(?:codec|optimizer)\.)?)?[A-Za-z0-9_]{1,32})")
 
 
 def owed_name(replica: int, what: str) -> str:

@@ -187,21 +187,17 @@ def _load_state(run: RunState, timeline: Timeline[Any], entry: int, load: run_pb
         del received  # the message's memory goes before the next tensor is taken
         run.progress.advance()
     states: dict[str, dict[str, StateValue]] = {}
-    owed: dict[str, dict[str, torch.Tensor]] = {}
+    owed: dict[str, dict[str, StateValue]] = {}
     for item in load.optimizer_state:
         if item.parameter in run.parameters:
             of_exchange = parse_owed_name(item.state)
-            # It is from the first of a pipeline that holds the parameter, and that one's again. Several shards go on
-            # without it.
-            is_own = of_exchange is None or (
-                of_exchange[0] == run.replica and run.owns(item.parameter) and run.places.shards == 1
-            )
+            is_own = of_exchange is None or run.agreement.takes(item.parameter, *of_exchange)
             if stored is not None and not is_own:
                 continue
             key = Key(entry, 0, item.parameter, pb.DIRECTION_STATE, 0, item.state)
             value = take_state(run, timeline, key) if stored is None else stored.state(item)
             if of_exchange is not None:
-                if is_own and isinstance(value, torch.Tensor):
+                if is_own:
                     owed.setdefault(item.parameter, {})[of_exchange[1]] = value
                 continue
             if isinstance(value, torch.Tensor):

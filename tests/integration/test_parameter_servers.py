@@ -74,6 +74,21 @@ def test_checkpoints_go_from_servers_to_one_process_and_back(
         check_replicas_are_one(trainer)
 
 
+def test_a_resumed_run_is_the_one_that_was_not_interrupted(cluster: gradwire.Cluster, tmp_path: Path) -> None:
+    """Every bit, as long as nothing is late and no codec leaves anything out."""
+    with with_servers(cluster) as trainer:
+        for seed in range(3):
+            trainer.step(*make_batch(seed))
+        trainer.save(tmp_path / "a")
+        losses = [trainer.step(*make_batch(seed)).loss for seed in range(3, 6)]
+        state = trainer.state_dict()
+    with with_servers(cluster) as trainer:
+        trainer.load(tmp_path / "a")
+        assert [trainer.step(*make_batch(seed)).loss for seed in range(3, 6)] == losses
+        for name, weight in trainer.state_dict().items():
+            assert torch.equal(weight, state[name]), name
+
+
 @pytest.mark.parametrize("codec", ["fp16", "int8"])
 def test_pushes_and_pulls_are_encoded_and_holders_stay_alike(cluster: gradwire.Cluster, codec: str) -> None:
     with with_servers(cluster, compression=codec) as trainer:

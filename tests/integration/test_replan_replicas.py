@@ -20,12 +20,16 @@ pytest_plugins = ("replan_rig",)
 
 
 def make_trainer(
-    rig: Rig, kind: str, optimizer: str | torch.optim.Optimizer, model: nn.Module | None = None, **changes: Any
+    cluster: gradwire.Cluster,
+    kind: str,
+    optimizer: str | torch.optim.Optimizer,
+    model: nn.Module | None = None,
+    **changes: Any,
 ) -> gradwire.Trainer:
     model = model or kept_model(kind)
     plan = gradwire.Plan(**({"microbatches": 8, "schedule": "1f1b", "replicas": 2} | changes))
     made = OPTIMIZERS[optimizer](model) if isinstance(optimizer, str) else optimizer
-    return rig.cluster.trainer(model, made, loss=KINDS[kind][2], example=batches(kind)[0], plan=plan)
+    return cluster.trainer(model, made, loss=KINDS[kind][2], example=batches(kind)[0], plan=plan)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +49,7 @@ def test_training_goes_on_as_if_nothing_had_happened(
     of_user = OPTIMIZERS[optimizer](model)
     scheduler = torch.optim.lr_scheduler.StepLR(of_user, step_size=2, gamma=0.5)
     # Most of it on the second stage.
-    with make_trainer(rig, kind, of_user, model, stages=2, cuts=allowed_cuts(kind)[:1], **fields) as trainer:
+    with make_trainer(rig.cluster, kind, of_user, model, stages=2, cuts=allowed_cuts(kind)[:1], **fields) as trainer:
         before = [stage.nodes for stage in trainer.plan.stages]
         for number, (x, y) in enumerate(batches(kind)):
             if number == 2:
@@ -76,7 +80,7 @@ def test_a_slow_replica_gets_fewer_micro_batches(rig: Rig, pace: dict[str, float
     """The second takes three times as long for everything: a quarter of the work is its share."""
     data = batches("regression")[0]
     pace["stage-1"] = 3.0
-    with make_trainer(rig, "regression", "adamw", stages=1) as trainer:
+    with make_trainer(rig.cluster, "regression", "adamw", stages=1) as trainer:
         assert trainer.plan.replica_shares == (0.5, 0.5)
         slow = trainer.servers.index("stage-1")
         for _ in range(3):
@@ -101,7 +105,7 @@ def test_what_is_owed_under_a_lossy_codec_is_not_lost(rig: Rig, as_predicted: No
 
     def weights(move: bool) -> dict[str, torch.Tensor]:
         with make_trainer(
-            rig, "regression", "sgd", stages=2, compression="int8", **({"cuts": cuts[:1]} if move else {})
+            rig.cluster, "regression", "sgd", stages=2, compression="int8", **({"cuts": cuts[:1]} if move else {})
         ) as trainer:
             for _ in range(3):
                 trainer.step(*data)
@@ -121,7 +125,7 @@ def test_what_cannot_be_saved_leaves_the_run_as_it_was(
     rig: Rig, as_predicted: None, whatever_it_gains: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = batches("regression")[0]
-    with make_trainer(rig, "regression", "sgd", stages=2, cuts=allowed_cuts("regression")[:1]) as trainer:
+    with make_trainer(rig.cluster, "regression", "sgd", stages=2, cuts=allowed_cuts("regression")[:1]) as trainer:
         for _ in range(2):
             trainer.step(*data)
         with monkeypatch.context() as patch:
@@ -144,9 +148,34 @@ def _refuse(*_: Any) -> None:
     raise CheckpointError("The disk is full")
 
 
-def test_replicas_that_differ_between_averages_are_not_planned_anew(rig: Rig) -> None:
+def test_replicas_that_train_alone_go_on_from_where_each_was(
+    rig: Rig, as_predicted: None, whatever_it_gains: None
+) -> None:
+    """Between two averages, with momentum inside and outside."""
     data = batches("regression")[0]
-    with make_trainer(rig, "regression", "sgd", stages=1, exchange="local", every=2) as trainer:
+
+    def weights(move: bool) -> dict[str, torch.Tensor]:
+        cuts = allowed_cuts("regression")[: 1 if move else 2][-1:]
+        with make_trainer(rig.cluster, "regression", "sgd", stages=2, exchange="local", every=3, cuts=cuts) as trainer:
+            for _ in range(5):
+                trainer.step(*data)
+            if move:
+                assert trainer.replan(minimum_gain=0.0).moved
+            for _ in range(4):
+                trainer.step(*data)
+            return trainer.state_dict()
+
+    moved, still = weights(True), weights(False)
+    for name, tensor in still.items():
+        assert torch.allclose(moved[name], tensor, rtol=1e-10, atol=1e-12), name
+
+
+def test_with_parameter_servers_nothing_is_planned_anew() -> None:
+    data = batches("regression")[0]
+    with (
+        gradwire.local(stage_servers=2, parameter_servers=1) as cluster,
+        make_trainer(cluster, "regression", "sgd", stages=1, exchange="parameter-server") as trainer,
+    ):
         for _ in range(3):
             trainer.step(*data)
         with pytest.raises(PlanError, match="cannot be planned anew") as caught:

@@ -237,6 +237,49 @@ def test_local_steps_go_with_a_codec(cluster: gradwire.Cluster) -> None:
         assert last < first
 
 
+@pytest.mark.parametrize("codec", ["int8", "topk(density=0.1)", "powersgd(rank=2)"])
+def test_what_is_tied_over_stages_stays_so_under_local_steps(cluster: gradwire.Cluster, codec: str) -> None:
+    """The second stage averages its copy beside other parameters than the first does."""
+    with train(cluster, model=make_tied_model(), cuts=["4"], exchange="local", every=2, compression=codec) as trainer:
+        for seed in range(4):
+            trainer.step(*make_batch(seed))
+        x, _ = make_batch(9)
+        model = make_tied_model()
+        model.load_state_dict(trainer.state_dict())
+        torch.testing.assert_close(trainer.predict(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("storage", ["client", "server"])
+@pytest.mark.parametrize(
+    ("steps", "codec", "optimizer"), [(3, "none", "AdamW"), (5, "int8", "SGD"), (4, "topk(density=0.2)", "AdamW")]
+)
+def test_local_steps_are_resumed_exactly(
+    cluster: gradwire.Cluster, tmp_path: Path, steps: int, codec: str, optimizer: str, storage: Any
+) -> None:
+    """Between two averages and right after one: each replica's weights and optimizer, and what they agreed on; tied."""
+    path = tmp_path / "a" if storage == "client" else Path(f"local-{steps}")
+    asked = {"cuts": ["4"], "exchange": "local(momentum=0.8)", "every": 2, "compression": codec}
+    with train(cluster, optimizer, model=make_tied_model(), **asked) as trainer:
+        for seed in range(steps):
+            trainer.step(*make_batch(seed))
+        trainer.save(path, storage=storage)
+        losses = [trainer.step(*make_batch(seed)).loss for seed in range(steps, steps + 5)]
+        state = trainer.state_dict()
+    with train(cluster, optimizer, model=make_tied_model(), **asked) as trainer:
+        # Whatever it has learned by itself is gone.
+        trainer.step(*make_batch(7))
+        trainer.load(path, storage=storage)
+        assert [trainer.step(*make_batch(seed)).loss for seed in range(steps, steps + 5)] == losses
+        for name, weight in trainer.state_dict().items():
+            assert torch.equal(weight, state[name]), name
+    # Others take what is of use to them.
+    whole = {"stages": 1, "cuts": None}
+    for other in ({"cuts": ["4"], "compression": "int8"}, asked | whole, {"cuts": ["4"], "replicas": 1}):
+        with train(cluster, optimizer, model=make_tied_model(), **other) as trainer:
+            trainer.load(path, storage=storage)
+            assert trainer.step(*make_batch(steps)).step == steps + 1
+
+
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [

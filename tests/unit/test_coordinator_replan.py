@@ -201,14 +201,13 @@ def test_replicas_that_differ_by_less_than_a_micro_batch_stay_as_they_are() -> N
     assert not found.pays(0.0)
 
 
-def test_replicas_that_do_not_agree_in_every_step_are_not_planned_anew() -> None:
+def test_replicas_with_parameter_servers_are_not_planned_anew() -> None:
     made = of_replicas((1.0, 1.0))
-    exchange = made.planned.cut.sharing.exchange
-    for other in ("local", "parameter-server"):
-        sharing = dataclasses.replace(made.planned.cut.sharing, exchange=dataclasses.replace(exchange, name=other))
-        cut = dataclasses.replace(made.planned.cut, sharing=sharing)
-        with pytest.raises(PlanError, match="cannot be planned anew"):
-            plan_anew(Basis(made.request, dataclasses.replace(made.planned, cut=cut), made.layout, made.steps))
+    exchange = dataclasses.replace(made.planned.cut.sharing.exchange, name="parameter-server")
+    sharing = dataclasses.replace(made.planned.cut.sharing, exchange=exchange)
+    cut = dataclasses.replace(made.planned.cut, sharing=sharing)
+    with pytest.raises(PlanError, match="cannot be planned anew"):
+        plan_anew(Basis(made.request, dataclasses.replace(made.planned, cut=cut), made.layout, made.steps))
 
 
 def rules() -> EntryRules:

@@ -44,6 +44,12 @@ def test_what_shards_have_parts_of_is_apart_from_what_all_of_them_have() -> None
     assert [bucket.names for bucket in buckets] == [("d",), ("c", "b"), ("a",)]
 
 
+def test_some_are_alone_wherever_they_stand() -> None:
+    parameters = {name: torch.zeros(10) for name in "abcdef"}
+    buckets = make_buckets([segment(0, "abcdef")], parameters, alone={"b", "c", "f"})
+    assert [bucket.names for bucket in buckets] == [("f",), ("e", "d"), ("c",), ("b",), ("a",)]
+
+
 @given(
     st.lists(
         st.tuples(

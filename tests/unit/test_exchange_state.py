@@ -50,14 +50,19 @@ def test_it_counts_as_gradients_of_what_trains() -> None:
     assert state.held(specs, exchange=ExchangeState(parse_compression("int8"))).gradients == 2 * size
 
 
-@pytest.mark.parametrize(("replica", "what"), [(0, "residual"), (511, "velocity")])
+@pytest.mark.parametrize(
+    ("replica", "what"),
+    [(0, "residual"), (511, "local.codec.velocity"), (511, "local.optimizer.momentum_buffer_of_32_letters_")],
+)
 def test_names_say_whose_it_is(replica: int, what: str) -> None:
     name = owed_name(replica, what)
     assert parse_owed_name(name) == (replica, what)
     assert len(name.encode()) <= MAXIMUM_STATE_BYTES
 
 
-@pytest.mark.parametrize("name", ["exp_avg", "exchange", "exchange.x", "exchange-1.x", "exchange1.", "exchange1.x/y"])
+@pytest.mark.parametrize(
+    "name", ["exp_avg", "exchange", "exchange.x", "exchange-1.x", "exchange1.", "exchange1.x/y", "exchange1.local."]
+)
 def test_other_names_are_the_optimizers(name: str) -> None:
     assert parse_owed_name(name) is None
 

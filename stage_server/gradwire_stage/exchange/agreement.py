@@ -108,12 +108,16 @@ class Agreement:
         """Return what this server's optimizer keeps of a value of its state; None: nothing."""
         return value if name in self.updated else None
 
-    def owed(self, name: str) -> dict[str, torch.Tensor]:
+    def owed(self, name: str) -> dict[str, StateValue]:
         """Return what is kept of a parameter from step to step, for checkpoints."""
         return {}
 
-    def owe(self, states: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        """Go on from what `owed` gave, by parameter, as far as it is of use here. After `forget`."""
+    def takes(self, name: str, replica: int, what: str) -> bool:
+        """Whether `owe` is to be given what `owed` gave of a parameter at a replica, under the name `what`."""
+        return False
+
+    def owe(self, states: Mapping[str, Mapping[str, StateValue]]) -> None:
+        """Go on from what `owed` gave, by parameter. After `forget`, with weights and the optimizer's state loaded."""
 
     def forget(self) -> None:
         """Let go of what was kept from step to step: another state has been loaded."""

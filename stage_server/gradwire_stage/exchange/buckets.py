@@ -40,6 +40,7 @@ def make_buckets(
     *,
     tied: Collection[str] = (),
     split: Collection[str] = (),
+    alone: Collection[str] = (),
     maximum_bytes: int = BUCKET_BYTES,
 ) -> tuple[Bucket, ...]:
     """Return the buckets of the parameters that the training segments of a server use.
@@ -47,7 +48,8 @@ def make_buckets(
     Backwards go from the last stage to the first and through a segment from its end: so do the buckets. What several
     stages use is ready with the first of them. A parameter of more than `maximum_bytes` has a bucket of its own. Those
     that are `tied` have buckets for themselves, and so have those that are `split` between shards: what a codec makes
-    of a bucket depends on all of it, and must be the same on all shards for what all of them have.
+    of a bucket depends on all of it, and must be the same on all shards for what all of them have. Each of those that
+    are to be `alone` has a bucket of its own.
     """
     trained = [segment for segment in segments if segment.graph == graph_pb2.GRAPH_KIND_TRAIN]
     stages_of: dict[str, set[int]] = {}
@@ -76,6 +78,7 @@ def make_buckets(
                 filled + tensor.nbytes > maximum_bytes
                 or tensor.dtype != parameters[names[0]].dtype
                 or (name in tied, name in split) != (names[0] in tied, names[0] in split)
+                or not {name, names[0]}.isdisjoint(alone)
             ):
                 close()
             names.append(name)

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gradwire_protocol.errors import InternalError
+from gradwire_protocol.exchange_state import OF_LOCAL_STEPS
 from gradwire_protocol.gradient_codecs import GradientCodec
 from gradwire_protocol.program import Action
 from gradwire_protocol.v1 import run_pb2, stage_pb2
 from gradwire_stage.exchange.agreement import Agreement, StepEnd
 from gradwire_stage.exchange.buckets import make_buckets
-from gradwire_stage.exchange.reducers import make_reducers, restore_tensors, state_of_tensor
+from gradwire_stage.exchange.reducers import make_reducers, restore_tensors, state_of_tensor, tensors_of
 from gradwire_stage.exchange.sharding import Sharding
 from gradwire_stage.exchange.statistics import ReplicaBuffers
 from gradwire_stage.exchange.step import StepExchange
@@ -127,16 +128,21 @@ class ReplicaExchange(Agreement):
             return super().own_state(name, value)
         return self._sharding.own_state(name, self._run.parameters[name], value)
 
-    def owed(self, name: str) -> dict[str, torch.Tensor]:
+    def owed(self, name: str) -> dict[str, StateValue]:
         number = self._bucket_of.get(name)
         if number is None:
             return {}
         bucket = self._buckets[number]
-        return state_of_tensor(self._reducers[number], bucket.names.index(name), bucket.shapes)
+        return dict(state_of_tensor(self._reducers[number], bucket.names.index(name), bucket.shapes))
 
-    def owe(self, states: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    def takes(self, name: str, replica: int, what: str) -> bool:
+        # It is from the first of a pipeline that holds the parameter, and that one's again.
+        is_own = replica == self._run.replica and self._run.owns(name)
+        return self.owes and is_own and not what.startswith(OF_LOCAL_STEPS)
+
+    def owe(self, states: Mapping[str, Mapping[str, StateValue]]) -> None:
         for bucket, reducer in zip(self._buckets, self._reducers, strict=True):
-            own = [states.get(name, {}) for name in bucket.names]
+            own = [tensors_of(states.get(name, {})) for name in bucket.names]
             if any(own):
                 restore_tensors(reducer, own, bucket.shapes, self._run.parameters[bucket.names[0]].detach())
 

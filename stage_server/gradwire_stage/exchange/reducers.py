@@ -21,6 +21,7 @@ from gradwire_stage.exchange.half import BF16, FP16
 from gradwire_stage.exchange.int8 import INT8
 from gradwire_stage.exchange.powersgd import PowerSgd
 from gradwire_stage.exchange.topk import TopK
+from gradwire_stage.optimizer import StateValue
 
 if TYPE_CHECKING:
     from gradwire_stage.run_state import RunState
@@ -92,6 +93,15 @@ def make_reducers(run: RunState, codec: GradientCodec, buckets: Iterable[Bucket]
         else Exact(transport.all_reduce)
         for bucket in buckets
     ]
+
+
+def tensors_of(state: Mapping[str, StateValue], prefix: str = "") -> dict[str, torch.Tensor]:
+    """Return those values of a state that are tensors and have names with a prefix, without it."""
+    return {
+        name.removeprefix(prefix): value
+        for name, value in state.items()
+        if name.startswith(prefix) and isinstance(value, torch.Tensor)
+    }
 
 
 def state_of_tensor(reducer: Reducer, place: int, shapes: Sequence[torch.Size]) -> dict[str, torch.Tensor]:
