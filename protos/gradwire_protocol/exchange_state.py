@@ -17,7 +17,7 @@ from gradwire_protocol.v1 import graph_pb2
 # Sums and what is still owed are in float32 at least.
 _LEAST_ELEMENT_BYTES = 4
 # Of local steps: the weights that all agreed on last, and the outer optimizer's velocities.
-_OF_LOCAL_STEPS = 2
+_AGREED_TENSORS = 2
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ExchangeState:
         """Return what is kept for a parameter that trains; of powersgd at most, since small tensors go as they are."""
         elements, element_bytes = math.prod(spec.shape), ELEMENT_BYTES[spec.data_type]
         kept = elements * max(element_bytes, _LEAST_ELEMENT_BYTES) * self._owed()
-        return kept + (_OF_LOCAL_STEPS * elements * element_bytes if self.local_steps else 0)
+        return kept + (_AGREED_TENSORS * elements * element_bytes if self.local_steps else 0)
 
     def _owed(self) -> int:
         """Return how many tensors of a gradient's size the codec keeps."""
@@ -43,9 +43,9 @@ class ExchangeState:
 # How many values a codec keeps of one parameter, at most.
 _OF_CODEC = 2
 # How many a replica keeps of one, at most, besides an optimizer's state: under local steps its own weights, too.
-MAXIMUM_OWED = _OF_CODEC + _OF_LOCAL_STEPS + 1
+MAXIMUM_OWED = _OF_CODEC + _AGREED_TENSORS + 1
 # What local steps keep is of use to no other exchange.
-OF_LOCAL_STEPS = "local."
+LOCAL_PREFIX = "local."
 _NAME = re.compile(r"exchange(\d{1,6})\.((?:local\.(?:(?:codec|optimizer)\.)?)?[A-Za-z0-9_]{1,32})")
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gradwire_protocol.errors import InternalError
-from gradwire_protocol.exchange_state import OF_LOCAL_STEPS
+from gradwire_protocol.exchange_state import LOCAL_PREFIX
 from gradwire_protocol.gradient_codecs import GradientCodec
 from gradwire_protocol.program import Action
 from gradwire_protocol.v1 import run_pb2, stage_pb2
@@ -138,7 +138,7 @@ class ReplicaExchange(Agreement):
     def takes(self, name: str, replica: int, what: str) -> bool:
         # It is from the first of a pipeline that holds the parameter, and that one's again.
         is_own = replica == self._run.replica and self._run.owns(name)
-        return self.owes and is_own and not what.startswith(OF_LOCAL_STEPS)
+        return self.owes and is_own and not what.startswith(LOCAL_PREFIX)
 
     def owe(self, states: Mapping[str, Mapping[str, StateValue]]) -> None:
         for bucket, reducer in zip(self._buckets, self._reducers, strict=True):

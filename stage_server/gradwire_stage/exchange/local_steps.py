@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gradwire_protocol.errors import FrameError, InternalError
-from gradwire_protocol.exchange_state import OF_LOCAL_STEPS
+from gradwire_protocol.exchange_state import LOCAL_PREFIX
 from gradwire_protocol.gradient_codecs import GradientCodec
 from gradwire_protocol.program import Action
 from gradwire_protocol.v1 import graph_pb2, run_pb2, stage_pb2
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
 
 # In checkpoints. What all have, the leader gives.
-_AGREED, _VELOCITY = f"{OF_LOCAL_STEPS}agreed", f"{OF_LOCAL_STEPS}velocity"
-_WEIGHT = f"{OF_LOCAL_STEPS}weight"
-_OF_CODEC, _OF_OPTIMIZER = f"{OF_LOCAL_STEPS}codec.", f"{OF_LOCAL_STEPS}optimizer."
+_AGREED, _VELOCITY = f"{LOCAL_PREFIX}agreed", f"{LOCAL_PREFIX}velocity"
+_WEIGHT = f"{LOCAL_PREFIX}weight"
+_OF_CODEC, _OF_OPTIMIZER = f"{LOCAL_PREFIX}codec.", f"{LOCAL_PREFIX}optimizer."
 
 
 class LocalSteps(Agreement):
@@ -123,7 +123,7 @@ class LocalSteps(Agreement):
     def takes(self, name: str, replica: int, what: str) -> bool:
         # All that hold a parameter take what one of them gave.
         is_own = replica == self._run.replica or what in (_AGREED, _VELOCITY)
-        return self.owes and is_own and what.startswith(OF_LOCAL_STEPS)
+        return self.owes and is_own and what.startswith(LOCAL_PREFIX)
 
     def owe(self, states: Mapping[str, Mapping[str, StateValue]]) -> None:
         kept = {name: self._fitting(name, tensors_of(states.get(name, {}))) for name in self._places}
