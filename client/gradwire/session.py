@@ -15,7 +15,7 @@ import torch
 from gradwire.collecting import Collector, Result, Value, peer_name, verdict
 from gradwire.drive import SILENCE_SECONDS, Drive
 from gradwire_protocol.delivery import FrameSender, Payload
-from gradwire_protocol.errors import GradwireError, ModelError
+from gradwire_protocol.errors import Aborted, GradwireError, ModelError, Unreachable
 from gradwire_protocol.torch_tensors import dense, payload_of, tensor_info
 from gradwire_protocol.v1 import coordinator_pb2, graph_pb2, run_pb2
 from gradwire_protocol.v1 import tensors_pb2 as tensors_pb
@@ -205,8 +205,11 @@ class Session:
         self._collector.collect(entry, servers, [take] * len(servers))
 
     def fail(self, error: GradwireError) -> GradwireError:
-        """End the run, which cannot go on; return its failure: the coordinator's, if it gives one in time."""
-        failure = self._verdict(error)
+        """End the run, which cannot go on; return its failure.
+
+        Of what may have befallen others first it is the coordinator's, if it gives one in time.
+        """
+        failure = self._verdict(error) if isinstance(error, Unreachable | Aborted) else error
         self._drive.fail(failure)
         return failure
 
