@@ -21,6 +21,14 @@ def make_model() -> nn.Module:
     ).double()
 
 
+def make_tied_model() -> nn.Module:
+    model = make_model()
+    assert isinstance(model, nn.Sequential)
+    again = nn.Linear(17, 17, bias=False).double()
+    again.weight = model[2].weight
+    return nn.Sequential(*model[:4], again, nn.Tanh(), model[4])
+
+
 def make_batch(seed: int, rows: int = ROWS) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, 6, dtype=torch.float64, generator=generator)
