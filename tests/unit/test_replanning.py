@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 from plan_samples import summary
 
-from gradwire.replanning import Replan, refuse_tensor
+from gradwire.replanning import Replan
 from gradwire.run_plan import RunPlan
-from gradwire_protocol.errors import PlanError
 
 PLAN = RunPlan.from_proto(summary())
 MOVED = "the cuts moved, and 3 tensors with them"
@@ -26,10 +25,3 @@ def test_it_says_what_was_done_and_what_is_gained(moved: bool, after: float, gai
     made = Replan(moved=moved, seconds_before=0.2, seconds_after=after, tensors=3, plan=PLAN)
     assert made.gain == pytest.approx(gain)
     assert str(made) == words
-
-
-def test_stages_of_several_servers_are_not_planned_anew() -> None:
-    refuse_tensor(1)
-    with pytest.raises(PlanError, match="does not plan a run anew whose stages have several servers") as caught:
-        refuse_tensor(2)
-    assert (caught.value.got, bool(caught.value.remedy)) == ("tensor=2", True)
