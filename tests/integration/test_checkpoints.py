@@ -283,6 +283,7 @@ with gradwire.connect(sys.argv[1]) as cluster, make_trainer(cluster, make_model(
 """
 
 
+@pytest.mark.fault
 def test_killed_while_it_writes_the_last_checkpoint_loads(cluster: gradwire.LocalCluster, tmp_path: Path) -> None:
     path = tmp_path / "a"
     generator = random.Random(5)

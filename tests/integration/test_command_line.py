@@ -257,6 +257,7 @@ def test_a_signal_at_any_moment_leaves_no_process(
     commands.assert_none_left(5.0)
 
 
+@pytest.mark.fault
 def test_kill_9_of_the_command_leaves_no_process(commands: Commands, data: Path) -> None:
     process = commands.start("train", "--data", str(data), "--steps", "100000", *FLAGS[:10])
     wait_for_line(process, r"step 1/")

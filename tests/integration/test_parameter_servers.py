@@ -129,6 +129,7 @@ def test_what_cannot_be_is_refused(cluster: gradwire.Cluster, fields: dict[str, 
         with_servers(cluster, **fields)
 
 
+@pytest.mark.fault
 def test_a_parameter_server_that_dies_is_named() -> None:
     with (
         gradwire.local(stage_servers=1, parameter_servers=1) as cluster,

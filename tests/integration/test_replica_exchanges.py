@@ -214,6 +214,7 @@ def test_garbage_in_the_ring_ends_the_step_with_its_sender(cluster: gradwire.Clu
     wait_until_free(cluster)
 
 
+@pytest.mark.fault
 def test_a_replica_that_stands_still_is_named(cluster: gradwire.LocalCluster) -> None:
     with train(cluster, stages=1, cuts=None, stall_seconds=2.0) as trainer:
         trainer.step(*make_batch(0))
@@ -234,6 +235,7 @@ def test_a_replica_that_stands_still_is_named(cluster: gradwire.LocalCluster) ->
             frozen.resume()
 
 
+@pytest.mark.fault
 def test_a_replica_that_dies_in_a_step_is_named() -> None:
     with gradwire.local(stage_servers=2) as cluster:
         with train(cluster, stages=1, cuts=None) as trainer:

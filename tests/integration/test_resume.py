@@ -56,6 +56,7 @@ def checkpoints(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
+@pytest.mark.fault
 def test_a_killed_job_goes_on_exactly(commands: Commands, whole: Path) -> None:
     assert checkpoints(whole) == ["step-24", "step-28", "step-30"]
     process = commands.start("train", "--json", "--no-check", "--data", "text.txt", "--out", "killed", *FLAGS)

@@ -223,6 +223,7 @@ def fragile(root: Path) -> Iterator[gradwire.LocalCluster]:
         yield cluster
 
 
+@pytest.mark.fault
 def test_a_server_killed_while_it_writes_leaves_the_last_checkpoint(fragile: gradwire.LocalCluster, root: Path) -> None:
     folder = root / "fragile"
     with large_trainer(fragile) as trainer:
