@@ -102,7 +102,8 @@ def regression(rig: Rig, **changes: Any) -> gradwire.Trainer:
 
 def test_a_slow_server_gets_less_to_do(rig: Rig, pace: dict[str, float]) -> None:
     """The second server takes three times as long for a node as the first: it should have a quarter of the nodes."""
-    pace["stage-1"] = 3.0
+    # Long beside what the machine takes for anything else.
+    pace |= {"stage-0": 4.0, "stage-1": 12.0}
     with regression(rig) as trainer:
         assert trainer.servers[1] == "stage-1"
         even = nodes(trainer)

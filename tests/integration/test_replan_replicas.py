@@ -78,9 +78,10 @@ def test_training_goes_on_as_if_nothing_had_happened(
 
 
 def test_a_slow_replica_gets_fewer_micro_batches(rig: Rig, pace: dict[str, float]) -> None:
-    """The second takes three times as long for everything: a quarter of the work is its share."""
+    """The second takes three times as long for everything: a quarter of the work is its share, or a little more."""
     data = batches("regression")[0]
-    pace["stage-1"] = 3.0
+    # Long beside what the machine takes for anything else.
+    pace |= {"stage-0": 6.0, "stage-1": 18.0}
     with make_trainer(rig.cluster, "regression", "adamw", stages=1) as trainer:
         assert trainer.plan.replica_shares == (0.5, 0.5)
         slow = trainer.servers.index("stage-1")
@@ -91,7 +92,7 @@ def test_a_slow_replica_gets_fewer_micro_batches(rig: Rig, pace: dict[str, float
         assert made.moved, str(made)
         assert made.tensors == 0
         assert str(made).startswith("the work is dealt out anew")
-        assert trainer.plan.replica_shares[slow] == pytest.approx(0.25, abs=0.07)
+        assert 0.2 < trainer.plan.replica_shares[slow] < 0.375
         for _ in range(3):
             result = trainer.step(*data)
         assert result.step == 6
