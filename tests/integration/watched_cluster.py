@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -122,19 +124,23 @@ def _prometheus(folder: Path, metrics: dict[str, str]) -> Iterator[str]:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
     try:
         deadline = time.monotonic() + 30
-        while not (ports := _listening(process.pid)):
+        while not (address := _ready_address(process.pid)):
             assert process.poll() is None, (folder / "prometheus.log").read_text()
             assert time.monotonic() < deadline, (folder / "prometheus.log").read_text()
             time.sleep(0.05)
-        yield f"http://127.0.0.1:{ports[0]}"
+        yield address
     finally:
         process.terminate()
         process.wait(30)
 
 
-def _listening(process_id: int) -> list[int]:
+def _ready_address(process_id: int) -> str:
+    """The URL of a Prometheus that answers queries, empty before: at first it listens and answers 503 to them."""
     sockets = psutil.Process(process_id).net_connections("tcp")
-    return [each.laddr.port for each in sockets if each.status == psutil.CONN_LISTEN]
+    for port in [each.laddr.port for each in sockets if each.status == psutil.CONN_LISTEN]:
+        with suppress(urllib.error.URLError), urllib.request.urlopen(f"http://127.0.0.1:{port}/-/ready", timeout=10):
+            return f"http://127.0.0.1:{port}"
+    return ""
 
 
 @contextmanager
