@@ -128,6 +128,8 @@ class RunState:
         self.holders = {
             name: self.places.holders(placement.holder_stages) for name, placement in self.placements.items()
         }
+        # Which other servers of the pipeline hold, too.
+        self.tied_names = frozenset(name for name, holders in self.holders.items() if len(holders) > 1)
         self.segments = {
             (segment.graph, segment.stage): BuiltSegment(
                 *(segment, self.tensors, device.torch_device, request.seed, TORCH_TYPES.get(request.precision)),

@@ -56,8 +56,7 @@ class ReplicaExchange(Agreement):
         self._codec = codec
         # Shards lose something else each: what one of them owes is of no use to another layout.
         self.owes = codec.lossy and run.places.shards == 1
-        tied = {name for name, holders in run.holders.items() if len(holders) > 1}
-        self._buckets = make_buckets(segments, run.parameters, tied=tied, split=run.split_names)
+        self._buckets = make_buckets(segments, run.parameters, tied=run.tied_names, split=run.split_names)
         # Where each replica updates a part of the parameters only; None: all of them.
         self._sharding: Sharding | None = None
         if shard:

@@ -62,8 +62,7 @@ class LocalSteps(Agreement):
         self._rate = settings.learning_rate
         self._momentum = settings.momentum
         # What several stages hold is to be the same there after an average, to the last bit, whatever else they hold.
-        tied = {name for name, holders in run.holders.items() if len(holders) > 1}
-        self._buckets = make_buckets(segments, run.parameters, alone=tied, split=run.split_names)
+        self._buckets = make_buckets(segments, run.parameters, alone=run.tied_names, split=run.split_names)
         self._places = {
             name: (number, place)
             for number, bucket in enumerate(self._buckets)
